@@ -1,0 +1,2 @@
+//! vlanswitchd
+pub mod frame;

@@ -1,0 +1,2 @@
+//! vlanswitchd
+fn main() {}
