@@ -1,2 +1,3 @@
 //! vlanswitchd
 pub mod frame;
+pub mod switch;

@@ -1,0 +1,273 @@
+//! Memberships compiled into lookup tables.
+//!
+//! Uplink side: `[TPID][VID]` names an entry, either a port with what to pop, or
+//! a second `[TPID][VID]` table for tag pairs. Guest side: one rule for each class
+//! of frame (untagged, priority-tagged, tagged), and for a trunk the set of VIDs
+//! its guest may use. Tables are immutable; a new configuration is a new table.
+
+use super::{DropReason, Membership, Mode, Priority, Vlans};
+use crate::frame::{Pcp, Tag, Tci, TagEdit, Tpid, Vid};
+use thiserror::Error;
+
+/// Position of a port in the list of memberships the table was compiled from.
+pub type PortIndex = usize;
+
+/// Two ports claim the same frames.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{what} is claimed twice")]
+pub struct Conflict {
+    /// The port that came first.
+    pub first: PortIndex,
+    /// The port that came second.
+    pub second: PortIndex,
+    /// What both claim, for people: `VLAN 101`, `the tag pair 101.20`.
+    pub what: String,
+}
+
+/// What to do with frames of one VLAN from the uplink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct UplinkRule {
+    pub(super) port: PortIndex,
+    /// Tags to take off.
+    pub(super) pop: u8,
+    /// Drop the frame if a tag remains after that.
+    pub(super) refuse_inner: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Entry {
+    Port(UplinkRule),
+    /// Look the second tag up in this inner table.
+    Inner(usize),
+}
+
+const VIDS: usize = 4096;
+
+/// `[TPID][VID]`: 0 is "not claimed", else the entry's position plus one. 16 KiB
+/// for each TPID in use.
+#[derive(Debug, Clone, Default)]
+pub(super) struct VlanIndex([Option<Box<[u32; VIDS]>>; Tpid::ALL.len()]);
+
+impl VlanIndex {
+    #[inline]
+    pub(super) fn get(&self, tag: Tag) -> Option<usize> {
+        let vids = self.0.get(tag.tpid.index())?.as_ref()?;
+        let place = vids.get(usize::from(tag.tci.vid_bits()))?;
+        (*place as usize).checked_sub(1)
+    }
+
+    /// Returns what stood there, if anything did.
+    fn claim(&mut self, tpid: Tpid, vid: Vid, position: usize) -> Option<usize> {
+        let vids = self.0.get_mut(tpid.index())?.get_or_insert_with(|| Box::new([0; VIDS]));
+        let place = vids.get_mut(usize::from(vid.get()))?;
+        let before = (*place as usize).checked_sub(1);
+        if before.is_none() {
+            *place = position as u32 + 1;
+        }
+        before
+    }
+}
+
+/// What to do with one class of guest frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GuestRule {
+    Drop(DropReason),
+    Rewrite {
+        edit: TagEdit,
+        /// The pushed tags take PCP and DEI of the guest's own tag.
+        copy_priority: bool,
+    },
+}
+
+/// The guest side of a port.
+#[derive(Debug, Clone)]
+pub(super) struct GuestRules {
+    pub(super) untagged: GuestRule,
+    pub(super) priority_tagged: GuestRule,
+    pub(super) tagged: GuestRule,
+    /// A trunk's VIDs and their TPID; tagged frames outside are dropped.
+    pub(super) allowed: Option<(Tpid, Box<[u64; VIDS / 64]>)>,
+}
+
+/// All ports' rules, compiled.
+#[derive(Debug, Clone)]
+pub struct Table {
+    pub(super) outer: VlanIndex,
+    pub(super) inner: Vec<VlanIndex>,
+    pub(super) entries: Vec<Entry>,
+    pub(super) untagged: Option<UplinkRule>,
+    pub(super) guests: Vec<GuestRules>,
+    claims: Vec<(Tpid, Vid)>,
+}
+
+impl Table {
+    /// Compiles the ports' memberships; a port's position is its [`PortIndex`].
+    ///
+    /// # Errors
+    /// [`Conflict`] if two ports claim the same frames.
+    pub fn compile<'m>(
+        memberships: impl IntoIterator<Item = &'m Membership>,
+    ) -> Result<Self, Conflict> {
+        let mut table = Self {
+            outer: VlanIndex::default(),
+            inner: Vec::new(),
+            entries: Vec::new(),
+            untagged: None,
+            guests: Vec::new(),
+            claims: Vec::new(),
+        };
+        for (port, membership) in memberships.into_iter().enumerate() {
+            table.add(port, membership)?;
+        }
+        Ok(table)
+    }
+
+    /// The outer VLANs claimed on the uplink, each once. VID 0 stands for the
+    /// priority-tagged half of `0`; see [`Table::claims_untagged`].
+    pub fn claims(&self) -> &[(Tpid, Vid)] {
+        &self.claims
+    }
+
+    /// Whether a port takes the uplink's untagged frames.
+    pub fn claims_untagged(&self) -> bool {
+        self.untagged.is_some()
+    }
+
+    /// Number of ports.
+    pub fn ports(&self) -> usize {
+        self.guests.len()
+    }
+
+    fn add(&mut self, port: PortIndex, membership: &Membership) -> Result<(), Conflict> {
+        let tpid = membership.tpid();
+        let access = membership.mode() == Mode::Access;
+        if let Vlans::Double { outer, inner } = *membership.vlans() {
+            let rule = UplinkRule { port, pop: 2, refuse_inner: access };
+            self.claim_pair((tpid, outer), (membership.inner_tpid(), inner), rule)?;
+        } else {
+            for vid in membership.outer_vids() {
+                let native = membership.native() == Some(vid);
+                let pop = u8::from(membership.mode() != Mode::Trunk || native);
+                self.claim(tpid, vid, UplinkRule { port, pop, refuse_inner: access })?;
+            }
+        }
+        if matches!(membership.vlans(), Vlans::Untagged) {
+            if let Some(first) = &self.untagged {
+                let what = "VLAN 0 (untagged)".to_owned();
+                return Err(Conflict { first: first.port, second: port, what });
+            }
+            self.untagged = Some(UplinkRule { port, pop: 0, refuse_inner: false });
+        }
+        self.guests.push(guest_rules(membership));
+        Ok(())
+    }
+
+    fn claim(&mut self, tpid: Tpid, vid: Vid, rule: UplinkRule) -> Result<(), Conflict> {
+        let position = self.entries.len();
+        if let Some(taken) = self.outer.claim(tpid, vid, position) {
+            return Err(self.conflict(taken, rule.port, format!("VLAN {vid} (TPID {tpid})")));
+        }
+        self.entries.push(Entry::Port(rule));
+        self.claims.push((tpid, vid));
+        Ok(())
+    }
+
+    fn claim_pair(
+        &mut self,
+        outer: (Tpid, Vid),
+        inner: (Tpid, Vid),
+        rule: UplinkRule,
+    ) -> Result<(), Conflict> {
+        let position = self.entries.len();
+        let table = match self.outer.claim(outer.0, outer.1, position) {
+            None => {
+                self.inner.push(VlanIndex::default());
+                self.entries.push(Entry::Inner(self.inner.len() - 1));
+                self.claims.push(outer);
+                self.inner.len() - 1
+            }
+            Some(taken) => match self.entries.get(taken) {
+                Some(Entry::Inner(table)) => *table,
+                _ => {
+                    let what = format!("VLAN {} (TPID {})", outer.1, outer.0);
+                    return Err(self.conflict(taken, rule.port, what));
+                }
+            },
+        };
+        let position = self.entries.len();
+        let taken = self.inner.get_mut(table).and_then(|index| index.claim(inner.0, inner.1, position));
+        if let Some(taken) = taken {
+            let what = format!("the tag pair {}.{} (TPID {})", outer.1, inner.1, outer.0);
+            return Err(self.conflict(taken, rule.port, what));
+        }
+        self.entries.push(Entry::Port(rule));
+        Ok(())
+    }
+
+    fn conflict(&self, taken: usize, second: PortIndex, what: String) -> Conflict {
+        let first = match self.entries.get(taken) {
+            Some(Entry::Port(rule)) => rule.port,
+            // A pair's outer VLAN: the first port behind it.
+            _ => match self.entries.get(taken + 1) {
+                Some(Entry::Port(rule)) => rule.port,
+                _ => second,
+            },
+        };
+        Conflict { first, second, what }
+    }
+}
+
+fn guest_rules(membership: &Membership) -> GuestRules {
+    let (fixed, copy) = match membership.priority() {
+        Priority::Fixed(pcp) => (pcp, false),
+        Priority::Copy => (Pcp::default(), true),
+    };
+    let tag = |tpid, vid| Some(Tag { tpid, tci: Tci::new(vid, fixed) });
+    let tpid = membership.tpid();
+    let push = match *membership.vlans() {
+        Vlans::Untagged => [tag(tpid, Vid::NONE), None],
+        Vlans::One(vid) => [tag(tpid, vid), None],
+        Vlans::Double { outer, inner } => {
+            [tag(tpid, outer), tag(membership.inner_tpid(), inner)]
+        }
+        Vlans::List(_) => [membership.native().and_then(|vid| tag(tpid, vid)), None],
+    };
+    let over = |copy_priority| GuestRule::Rewrite { edit: TagEdit { pop: 0, push }, copy_priority };
+    let instead = GuestRule::Rewrite { edit: TagEdit { pop: 1, push }, copy_priority: true };
+    let as_it_is = GuestRule::Rewrite { edit: TagEdit::default(), copy_priority: false };
+    match membership.mode() {
+        Mode::Tunnel => GuestRules {
+            untagged: over(false),
+            priority_tagged: over(copy),
+            tagged: over(copy),
+            allowed: None,
+        },
+        Mode::Access => GuestRules {
+            // Without a VLAN a tag is needed only to carry a priority.
+            untagged: if matches!(membership.vlans(), Vlans::Untagged) && fixed == Pcp::default() {
+                as_it_is
+            } else {
+                over(false)
+            },
+            priority_tagged: instead,
+            tagged: GuestRule::Drop(DropReason::TaggedOnAccess),
+            allowed: None,
+        },
+        Mode::Trunk => {
+            let native = membership.native().is_some();
+            let refused = GuestRule::Drop(DropReason::UntaggedOnTrunk);
+            let mut allowed = Box::new([0u64; VIDS / 64]);
+            for vid in membership.outer_vids().map(|vid| usize::from(vid.get())) {
+                if let Some(word) = allowed.get_mut(vid / 64) {
+                    *word |= 1 << (vid % 64);
+                }
+            }
+            GuestRules {
+                untagged: if native { over(false) } else { refused },
+                priority_tagged: if native { instead } else { refused },
+                tagged: as_it_is,
+                allowed: Some((tpid, allowed)),
+            }
+        }
+    }
+}
