@@ -113,7 +113,7 @@ impl DropReason {
             Self::UplinkDown => "the uplink is missing, down, or has no carrier",
             Self::UplinkQueueFull => "the uplink does not send fast enough; look at its qdisc and link speed",
             Self::RingOverrun => "the kernel's receive ring was full; the switch needs more CPU",
-            Self::SendFailed => "the kernel refused the frame; run with -v to see the error",
+            Self::SendFailed => "the kernel refused the frame; the counters name its last error",
         }
     }
 }

@@ -1,0 +1,259 @@
+//! One burst on its way out: rewriting each frame, sending what can go as it is,
+//! cutting what the kernel cannot segment for us, and counting every frame.
+
+use super::counters::FlowCounters;
+use crate::frame::segment::Segmenter;
+use crate::frame::vnet::{GSO_ECN, GSO_UDP_L4, Offload, VNET_HEADER_LEN, check_offload};
+use crate::frame::{ETHERNET_HEADER_LEN, TAG_LEN, TagEdit, Tpid, read_u16};
+use crate::port::{Device, Link};
+use crate::switch::DropReason;
+use crate::sys::packet::{BURST, Received, SendSpace};
+use arrayvec::ArrayVec;
+use nix::errno::Errno;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+/// What this kernel segments when we send it (found by the start-up probe).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Abilities {
+    /// Super-frames with VLAN tags in the bytes (5.19, 5.10.163 and the like).
+    pub tagged_gso: bool,
+    /// UDP super-frames (6.2).
+    pub udp_gso: bool,
+}
+
+/// How a rewritten frame has to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handling {
+    /// In one piece.
+    Whole,
+    /// Cut into segments here.
+    Cut,
+}
+
+/// How long a port whose guest's queue is full is spared further sends: long
+/// enough for the guest to take a batch, short enough not to leave it idle.
+const SHED_TIME: Duration = Duration::from_micros(50);
+
+/// Memory for the segments of one super-frame; 64 of 1.5 kB, or one of 64 KiB.
+#[derive(Debug)]
+pub struct SegmentSpace(Box<[u8]>);
+
+impl Default for SegmentSpace {
+    fn default() -> Self {
+        Self(vec![0; 160 * 1024].into_boxed_slice())
+    }
+}
+
+/// Rewrites a frame's tags and virtio header in place, for a device with this MTU.
+///
+/// # Errors
+/// The reason to drop it.
+#[inline]
+pub fn rewrite(
+    frame: &mut Received<'_>,
+    edit: &TagEdit,
+    abilities: Abilities,
+    mtu: u32,
+) -> Result<Handling, DropReason> {
+    let offload = check_offload(frame.header, frame.buffer.frame());
+    let growth =
+        frame.buffer.apply(edit, frame.stripped).map_err(|_| DropReason::Malformed)?;
+    let grown = |offset: u16| offset.wrapping_add_signed(growth as i16);
+    match offload {
+        Offload::Bad => Err(DropReason::BadOffload),
+        Offload::Segment => {
+            frame.header.csum_start = grown(frame.header.csum_start);
+            Ok(Handling::Cut)
+        }
+        Offload::Plain(mut header) => {
+            if header.needs_csum() {
+                header.csum_start = grown(header.csum_start);
+                if header.hdr_len > 0 {
+                    header.hdr_len = grown(header.hdr_len);
+                }
+            }
+            frame.header = header;
+            if header.is_gso() {
+                return super_frame(frame, abilities, mtu);
+            }
+            frame.buffer.write_header(header);
+            Ok(Handling::Whole)
+        }
+    }
+}
+
+/// The kernel checks the length of a plain frame against the MTU and says so; the
+/// segments of a super-frame it does not check, and drivers drop them in silence.
+fn super_frame(
+    frame: &mut Received<'_>,
+    abilities: Abilities,
+    mtu: u32,
+) -> Result<Handling, DropReason> {
+    let header = frame.header;
+    let tpid = read_u16(frame.buffer.frame(), 12).and_then(Tpid::from_ethertype);
+    let allowance = if tpid == Some(Tpid::Customer) { TAG_LEN } else { 0 };
+    let longest = (mtu as usize).saturating_add(ETHERNET_HEADER_LEN + allowance);
+    if usize::from(header.hdr_len) + usize::from(header.gso_size) > longest {
+        return Err(DropReason::TooLong);
+    }
+    let udp = header.gso_type & !GSO_ECN == GSO_UDP_L4;
+    if (udp && !abilities.udp_gso) || (tpid.is_some() && !abilities.tagged_gso) {
+        return Ok(Handling::Cut);
+    }
+    frame.buffer.write_header(header);
+    Ok(Handling::Whole)
+}
+
+/// Which way a lane leads, for naming what goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Toward {
+    /// To a port's guest.
+    Guest,
+    /// To the wire.
+    Uplink,
+}
+
+impl Toward {
+    fn absent(self) -> DropReason {
+        match self {
+            Self::Guest => DropReason::GuestAbsent,
+            Self::Uplink => DropReason::UplinkDown,
+        }
+    }
+
+    fn queue_full(self) -> DropReason {
+        match self {
+            Self::Guest => DropReason::GuestQueueFull,
+            Self::Uplink => DropReason::UplinkQueueFull,
+        }
+    }
+
+    /// Reads the kernel's answer to a send (`packet_snd`, `tun_chr_write_iter`).
+    fn reason(self, errno: Errno) -> DropReason {
+        match errno {
+            Errno::ENOBUFS | Errno::EAGAIN => self.queue_full(),
+            Errno::ENETDOWN | Errno::ENXIO | Errno::ENODEV | Errno::EIO => self.absent(),
+            Errno::EMSGSIZE => DropReason::TooLong,
+            Errno::EINVAL => DropReason::BadOffload,
+            _ => DropReason::SendFailed,
+        }
+    }
+}
+
+/// One way out of the switch, for the length of one burst.
+#[derive(Debug)]
+pub struct Lane<'w> {
+    /// Where frames go; `None` if the device is not there.
+    pub device: Option<&'w mut Device>,
+    /// The device's state.
+    pub link: &'w Link,
+    /// Until when to spare a device whose queue was full.
+    pub shed_until: &'w mut Option<Instant>,
+    /// What is counted.
+    pub flow: &'w FlowCounters,
+    /// Which way.
+    pub toward: Toward,
+    /// The time of this burst.
+    pub now: Instant,
+    /// `sendmmsg`'s arrays.
+    pub space: &'w mut SendSpace,
+    /// Memory for cutting super-frames.
+    pub segments: &'w mut SegmentSpace,
+}
+
+impl Lane<'_> {
+    /// Sends frames in order, or counts why not.
+    #[inline]
+    pub fn send_frames<'f>(
+        &mut self,
+        frames: impl Iterator<Item = (&'f Received<'f>, Handling)>,
+    ) {
+        let mut packets = ArrayVec::<&[u8], BURST>::new();
+        for (frame, handling) in frames {
+            match handling {
+                Handling::Whole => packets.push(frame.buffer.packet()),
+                Handling::Cut => {
+                    self.send(&packets);
+                    packets.clear();
+                    self.cut(frame);
+                }
+            }
+        }
+        self.send(&packets);
+    }
+
+    fn send(&mut self, packets: &[&[u8]]) {
+        if packets.is_empty() {
+            return;
+        }
+        let device = match &mut self.device {
+            Some(device) if self.link.is_up() => device,
+            _ => return self.flow.add_drops(self.toward.absent(), packets.len() as u64),
+        };
+        if self.shed_until.is_some_and(|until| self.now < until) {
+            return self.flow.add_drops(self.toward.queue_full(), packets.len() as u64);
+        }
+        let mut refused_frames = 0;
+        let mut refused_bytes = 0;
+        let (flow, toward) = (self.flow, self.toward);
+        let mut congested = false;
+        device.transmit(packets, self.space, |position, errno| {
+            let reason = toward.reason(errno);
+            congested = reason == toward.queue_full();
+            // A full queue stays full for the rest of the burst: sending it would
+            // cost as much as delivering it.
+            let end = if congested { packets.len() } else { position + 1 };
+            let refused = packets.get(position..end).unwrap_or_default();
+            refused_frames += refused.len() as u64;
+            refused_bytes += frame_bytes(refused);
+            flow.add_drops(reason, refused.len() as u64);
+            if reason == DropReason::SendFailed {
+                flow.note_send_error(errno);
+            }
+            if congested { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let spare = congested && self.toward == Toward::Guest;
+        *self.shed_until = spare.then(|| self.now + SHED_TIME);
+        self.flow.add_out(packets.len() as u64 - refused_frames, frame_bytes(packets) - refused_bytes);
+    }
+
+    /// Cuts a super-frame the kernel would lose and sends the segments.
+    fn cut(&mut self, frame: &Received<'_>) {
+        let Ok(mut segmenter) = Segmenter::new(frame.buffer.frame(), frame.header) else {
+            return self.flow.add_drops(DropReason::BadOffload, 1);
+        };
+        self.flow.add_split(segmenter.segment_count().saturating_sub(1) as u64);
+        // Taken out while in use: an empty box costs nothing.
+        let mut memory = std::mem::replace(&mut self.segments.0, Box::new([]));
+        while segmenter.remaining() > 0 {
+            if self.send_some_segments(&mut segmenter, &mut memory) == 0 {
+                self.flow.add_drops(DropReason::BadOffload, segmenter.remaining() as u64);
+                break;
+            }
+        }
+        self.segments.0 = memory;
+    }
+
+    /// Fills the memory with segments and sends them; returns how many there were.
+    fn send_some_segments(&mut self, segmenter: &mut Segmenter<'_>, memory: &mut [u8]) -> usize {
+        let longest = VNET_HEADER_LEN + segmenter.segment_len_max();
+        let mut packets = ArrayVec::<&[u8], BURST>::new();
+        let mut free = memory;
+        while !packets.is_full() && segmenter.remaining() > 0 {
+            let Some((place, rest)) = free.split_at_mut_checked(longest) else { break };
+            let Some((header, body)) = place.split_first_chunk_mut::<VNET_HEADER_LEN>() else { break };
+            *header = [0; VNET_HEADER_LEN];
+            let Some(length) = segmenter.next_into(body) else { break };
+            packets.push(place.get(..VNET_HEADER_LEN + length).unwrap_or_default());
+            free = rest;
+        }
+        self.send(&packets);
+        packets.len()
+    }
+}
+
+#[inline]
+fn frame_bytes(packets: &[&[u8]]) -> u64 {
+    packets.iter().map(|packet| packet.len().saturating_sub(VNET_HEADER_LEN) as u64).sum()
+}

@@ -1,0 +1,157 @@
+//! Counters: one writer each, readable by anybody at any time.
+//!
+//! A flow is one direction of a port, or the uplink's receiving side. Always
+//! `in + split = out + the sum of drops`; the writer adds to both sides within one
+//! burst, so a reader between two bursts sees them equal.
+
+use crate::port::Link;
+use crate::switch::DropReason;
+use nix::errno::Errno;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+
+/// A counter with one writer: a plain addition, no locked instruction.
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    #[inline]
+    fn add(&self, amount: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The counters of one flow.
+#[derive(Debug, Default)]
+pub struct FlowCounters {
+    in_frames: Counter,
+    in_bytes: Counter,
+    split_frames: Counter,
+    out_frames: Counter,
+    out_bytes: Counter,
+    drops: [Counter; DropReason::COUNT],
+    /// Written by control from the kernel's count, hence apart.
+    overruns: Counter,
+    /// The last errno counted as `send_failed`; 0 for none.
+    send_error: AtomicI32,
+}
+
+impl FlowCounters {
+    /// Counts frames that came in, and their bytes with all tags.
+    #[inline]
+    pub fn add_in(&self, frames: u64, bytes: u64) {
+        self.in_frames.add(frames);
+        self.in_bytes.add(bytes);
+    }
+
+    /// Counts frames that went out, and their bytes.
+    #[inline]
+    pub fn add_out(&self, frames: u64, bytes: u64) {
+        self.out_frames.add(frames);
+        self.out_bytes.add(bytes);
+    }
+
+    /// Counts frames that came into being when a super-frame was cut here: one
+    /// less than its segments.
+    #[inline]
+    pub fn add_split(&self, frames: u64) {
+        self.split_frames.add(frames);
+    }
+
+    /// Counts drops.
+    #[inline]
+    pub fn add_drops(&self, reason: DropReason, frames: u64) {
+        if let Some(counter) = self.drops.get(reason.index()) {
+            counter.add(frames);
+        }
+    }
+
+    /// Remembers the cause of a `send_failed`, for people to read.
+    pub fn note_send_error(&self, errno: Errno) {
+        self.send_error.store(errno as i32, Ordering::Relaxed);
+    }
+
+    /// Adds frames the kernel dropped before we saw them. Control's part.
+    pub fn add_overruns(&self, frames: u64) {
+        self.overruns.add(frames);
+    }
+
+    /// The values now.
+    pub fn snapshot(&self) -> FlowSnapshot {
+        let mut drops: [u64; DropReason::COUNT] = Default::default();
+        for (value, counter) in drops.iter_mut().zip(&self.drops) {
+            *value = counter.get();
+        }
+        let overruns = self.overruns.get();
+        if let Some(value) = drops.get_mut(DropReason::RingOverrun.index()) {
+            *value += overruns;
+        }
+        FlowSnapshot {
+            in_frames: self.in_frames.get() + overruns,
+            in_bytes: self.in_bytes.get(),
+            split_frames: self.split_frames.get(),
+            out_frames: self.out_frames.get(),
+            out_bytes: self.out_bytes.get(),
+            drops,
+            send_error: match self.send_error.load(Ordering::Relaxed) {
+                0 => None,
+                errno => Some(Errno::from_raw(errno)),
+            },
+        }
+    }
+}
+
+/// A flow's values at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FlowSnapshot {
+    /// Frames that came in, those the kernel dropped for us included.
+    pub in_frames: u64,
+    /// Bytes that came in, with all tags; without what the kernel dropped.
+    pub in_bytes: u64,
+    /// Frames that userspace segmentation added.
+    pub split_frames: u64,
+    /// Frames that went out.
+    pub out_frames: u64,
+    /// Bytes that went out, with all tags.
+    pub out_bytes: u64,
+    /// Drops, by [`DropReason::index`].
+    pub drops: [u64; DropReason::COUNT],
+    /// The cause of the last `send_failed`.
+    pub send_error: Option<Errno>,
+}
+
+impl FlowSnapshot {
+    /// All drops.
+    pub fn dropped(&self) -> u64 {
+        self.drops.iter().sum()
+    }
+
+    /// The reasons that occurred, with their counts.
+    pub fn reasons(&self) -> impl Iterator<Item = (DropReason, u64)> {
+        DropReason::ALL.into_iter().zip(self.drops).filter(|(_, frames)| *frames > 0)
+    }
+}
+
+/// What a worker and control share of a port.
+#[derive(Debug, Default)]
+pub struct PortShared {
+    /// The device's state: control writes.
+    pub link: Link,
+    /// Guest to uplink: the worker writes.
+    pub from_guest: FlowCounters,
+    /// Uplink to guest: the worker writes.
+    pub to_guest: FlowCounters,
+}
+
+/// What a worker and control share of the uplink. What was sent on it is the sum
+/// of the ports' `from_guest` flows.
+#[derive(Debug, Default)]
+pub struct UplinkShared {
+    /// The device's state: control writes.
+    pub link: Link,
+    /// Frames from the wire; "out" is "handed to a port": the worker writes.
+    pub from_wire: FlowCounters,
+}

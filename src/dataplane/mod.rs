@@ -1,0 +1,15 @@
+//! Moving frames: bursts, the worker's loop, counters.
+//!
+//! A worker owns its ports' devices and writes their counters; control owns the
+//! links' states and sends commands. What may not live here: anything that reads
+//! configuration or talks to people.
+
+mod burst;
+mod counters;
+mod pace;
+mod worker;
+
+pub use burst::{Abilities, Lane, SegmentSpace};
+pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared};
+pub use pace::{Pace, PollMode};
+pub use worker::{Command, Departed, Slot, Worker, WorkerError, WorkerHandle};

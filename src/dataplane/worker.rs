@@ -1,0 +1,487 @@
+//! The worker: the loop that moves frames.
+//!
+//! One thread owns the uplink's and the ports' devices. A round takes a burst from
+//! the uplink and one from each hot port, so no port waits longer for its turn than
+//! one burst of every other. A port is hot from the moment epoll names it until it
+//! has been found empty for a while; epoll is asked every few rounds, and when
+//! there is nothing left to do the worker sleeps in it. Readiness is edge-triggered:
+//! every frame that arrives after a look at epoll makes the next look report its
+//! port, so a port may be dropped from the hot list whenever its ring is empty.
+//!
+//! Nothing here allocates once all ports have attached, and nothing waits but
+//! epoll. Commands come from control by channel and waker.
+
+use super::burst::{Abilities, Handling, Lane, SegmentSpace, Toward, rewrite};
+use super::counters::{PortShared, UplinkShared};
+use super::pace::{Pace, PollMode, Step};
+use crate::frame::TagStack;
+use crate::port::Device;
+use crate::switch::{DropReason, GuestVerdict, PortIndex, Table, UplinkVerdict};
+use crate::sys::packet::{BURST, Burst, CopyPool, SendSpace};
+use arrayvec::ArrayVec;
+use crossbeam_channel::{Receiver, Sender};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+const WAKER: Token = Token(usize::MAX);
+const UPLINK: Token = Token(usize::MAX - 1);
+/// Rounds between two looks at epoll while there is work.
+const ROUNDS_PER_POLL: u32 = 16;
+/// Empty rounds after which a port leaves the hot list.
+const ROUNDS_TO_COOL: u32 = 64;
+/// How long the last frames may take when stopping.
+const DRAIN_TIME: Duration = Duration::from_millis(20);
+
+/// What control tells a worker.
+#[derive(Debug)]
+pub enum Command {
+    /// Use this device for the port (`None`: for the uplink).
+    Attach(Option<PortIndex>, Box<Device>),
+    /// Give the device back.
+    Detach(Option<PortIndex>),
+    /// Forward what has arrived, give all devices back and end.
+    Stop,
+}
+
+/// A device a worker has given back, or could not take.
+#[derive(Debug)]
+pub struct Departed {
+    /// The port, or `None` for the uplink.
+    pub port: Option<PortIndex>,
+    /// The device, to be closed outside the loop.
+    pub device: Box<Device>,
+    /// Why it could not be taken.
+    pub error: Option<io::Error>,
+}
+
+/// The worker could not be set up.
+#[derive(Debug, Error)]
+#[error("cannot start a worker: {0}")]
+pub struct WorkerError(#[from] io::Error);
+
+/// A port, as its worker sees it.
+#[derive(Debug)]
+pub struct Slot {
+    shared: Arc<PortShared>,
+    device: Option<Box<Device>>,
+    shed_until: Option<Instant>,
+    hot: bool,
+    empty_rounds: u32,
+    /// First and last frame for this port in the burst at hand.
+    chain: Option<(u8, u8)>,
+}
+
+impl Slot {
+    /// A port without a device.
+    pub fn new(shared: Arc<PortShared>) -> Self {
+        Self { shared, device: None, shed_until: None, hot: false, empty_rounds: 0, chain: None }
+    }
+}
+
+/// The loop and all it owns.
+#[derive(Debug)]
+pub struct Worker {
+    table: Arc<Table>,
+    uplink: Option<Box<Device>>,
+    uplink_shared: Arc<UplinkShared>,
+    uplink_shed: Option<Instant>,
+    slots: Vec<Slot>,
+    hot: Vec<PortIndex>,
+    abilities: Abilities,
+    pace: Pace,
+    poll: Poll,
+    events: Events,
+    commands: Receiver<Command>,
+    departed: Sender<Departed>,
+    copies: CopyPool,
+    space: SendSpace,
+    segments: SegmentSpace,
+}
+
+/// Control's end of a worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    commands: Sender<Command>,
+    waker: Arc<Waker>,
+    /// Devices given back.
+    pub departed: Receiver<Departed>,
+    thread: JoinHandle<()>,
+}
+
+impl WorkerHandle {
+    /// Sends a command; it takes effect within one round.
+    pub fn send(&self, command: Command) {
+        // Either fails only when the worker is gone, which `finish` reports.
+        let _ = self.commands.send(command);
+        let _ = self.waker.wake();
+    }
+
+    /// Stops the worker and waits for it; returns the devices it still had.
+    pub fn finish(self) -> Vec<Departed> {
+        self.send(Command::Stop);
+        let _ = self.thread.join();
+        self.departed.try_iter().collect()
+    }
+}
+
+impl Worker {
+    /// A worker without devices, and control's end of it once it runs.
+    ///
+    /// # Errors
+    /// [`WorkerError`] when the kernel has no descriptors left.
+    pub fn new(
+        table: Arc<Table>,
+        uplink_shared: Arc<UplinkShared>,
+        ports: impl IntoIterator<Item = Arc<PortShared>>,
+        abilities: Abilities,
+        mode: PollMode,
+    ) -> Result<(Self, Sender<Command>, Receiver<Departed>), WorkerError> {
+        let slots: Vec<Slot> = ports.into_iter().map(Slot::new).collect();
+        let (command_sender, commands) = crossbeam_channel::unbounded();
+        let (departed, departed_receiver) = crossbeam_channel::unbounded();
+        let worker = Self {
+            table,
+            uplink: None,
+            uplink_shared,
+            uplink_shed: None,
+            hot: Vec::with_capacity(slots.len()),
+            slots,
+            abilities,
+            pace: Pace::new(mode),
+            poll: Poll::new()?,
+            events: Events::with_capacity(256),
+            commands,
+            departed,
+            copies: CopyPool::default(),
+            space: SendSpace::default(),
+            segments: SegmentSpace::default(),
+        };
+        Ok((worker, command_sender, departed_receiver))
+    }
+
+    /// Starts the loop on a thread of its own.
+    ///
+    /// # Errors
+    /// [`WorkerError`] when there is no thread or descriptor left.
+    pub fn spawn(
+        self,
+        commands: Sender<Command>,
+        departed: Receiver<Departed>,
+    ) -> Result<WorkerHandle, WorkerError> {
+        let waker = Arc::new(Waker::new(self.poll.registry(), WAKER)?);
+        let thread = std::thread::Builder::new().name("worker".into()).spawn(move || self.run())?;
+        Ok(WorkerHandle { commands, waker, departed, thread })
+    }
+
+    fn run(mut self) {
+        let mut rounds = 0u32;
+        loop {
+            let now = Instant::now();
+            let moved = self.round(now);
+            rounds = rounds.wrapping_add(1);
+            let timeout = match self.pace.next(moved, now) {
+                Step::Again if !rounds.is_multiple_of(ROUNDS_PER_POLL) => continue,
+                Step::Again => Some(Duration::ZERO),
+                Step::Sleep => None,
+            };
+            if self.poll_events(timeout) && self.obey().is_break() {
+                return;
+            }
+        }
+    }
+
+    /// Moves one burst from everywhere; whether there was any frame.
+    pub fn round(&mut self, now: Instant) -> bool {
+        let mut moved = self.from_uplink(now);
+        let mut position = 0;
+        while let Some(port) = self.hot.get(position).copied() {
+            let busy = self.from_guest(port, now);
+            moved |= busy;
+            if self.cooled(port, busy) {
+                self.hot.swap_remove(position);
+            } else {
+                position += 1;
+            }
+        }
+        moved
+    }
+
+    fn cooled(&mut self, port: PortIndex, busy: bool) -> bool {
+        let Some(slot) = self.slots.get_mut(port) else { return true };
+        slot.empty_rounds = if busy { 0 } else { slot.empty_rounds + 1 };
+        slot.hot = slot.empty_rounds < ROUNDS_TO_COOL;
+        !slot.hot
+    }
+
+    fn from_uplink(&mut self, now: Instant) -> bool {
+        let Some(uplink) = self.uplink.as_deref_mut().filter(|device| device.is_ready()) else {
+            return false;
+        };
+        let shared = &self.uplink_shared;
+        let mut burst = Burst::new();
+        let lost = uplink.receive(&mut self.copies, &mut burst);
+        let mut links = [(0u8, Handling::Whole); BURST];
+        let mut ports = ArrayVec::<PortIndex, BURST>::new();
+        let (mut bytes, mut handed) = (0, 0);
+        for ((position, frame), place) in (0u8..).zip(burst.iter_mut()).zip(0..) {
+            let length = wire_len(frame);
+            bytes += length;
+            let Ok(tags) = TagStack::read(frame.stripped, frame.buffer.frame()) else {
+                shared.from_wire.add_drops(DropReason::Malformed, 1);
+                continue;
+            };
+            let verdict = self.table.decide_from_uplink(&tags);
+            let (UplinkVerdict::Forward { port, .. } | UplinkVerdict::Drop { port, .. }) = verdict else {
+                shared.from_wire.add_drops(DropReason::UnmappedVlan, 1);
+                continue;
+            };
+            let Some(slot) = self.slots.get_mut(port) else { continue };
+            handed += 1;
+            slot.shared.to_guest.add_in(1, length);
+            let rewritten = match verdict {
+                UplinkVerdict::Forward { edit, .. } => {
+                    rewrite(frame, &edit, self.abilities, slot.shared.link.mtu())
+                }
+                UplinkVerdict::Drop { reason, .. } => Err(reason),
+                UplinkVerdict::Unmapped => Err(DropReason::UnmappedVlan),
+            };
+            match rewritten {
+                Ok(handling) => chain(slot, port, position, place, handling, &mut links, &mut ports),
+                Err(reason) => slot.shared.to_guest.add_drops(reason, 1),
+            }
+        }
+        shared.from_wire.add_in(burst.len() as u64 + lost, bytes);
+        shared.from_wire.add_out(handed, 0);
+        shared.from_wire.add_drops(DropReason::RingOverrun, lost);
+        for port in ports {
+            let Some(slot) = self.slots.get_mut(port) else { continue };
+            let chained = Chained { links: &links, range: slot.chain.take() };
+            let mut lane = Lane {
+                device: slot.device.as_deref_mut(),
+                link: &slot.shared.link,
+                shed_until: &mut slot.shed_until,
+                flow: &slot.shared.to_guest,
+                toward: Toward::Guest,
+                now,
+                space: &mut self.space,
+                segments: &mut self.segments,
+            };
+            lane.send_frames(chained.filter_map(|(position, handling)| {
+                Some((burst.get(usize::from(position))?, handling))
+            }));
+        }
+        let moved = lost > 0 || !burst.is_empty();
+        drop(burst);
+        uplink.release();
+        moved
+    }
+
+    fn from_guest(&mut self, port: PortIndex, now: Instant) -> bool {
+        let Some(slot) = self.slots.get_mut(port) else { return false };
+        let Some(device) = slot.device.as_deref_mut().filter(|device| device.is_ready()) else {
+            return false;
+        };
+        let flow = &slot.shared.from_guest;
+        let mtu = self.uplink_shared.link.mtu();
+        let mut burst = Burst::new();
+        let lost = device.receive(&mut self.copies, &mut burst);
+        let mut handlings = ArrayVec::<Option<Handling>, BURST>::new();
+        let mut bytes = 0;
+        for frame in &mut burst {
+            bytes += wire_len(frame);
+            let verdict = match TagStack::read(frame.stripped, frame.buffer.frame()) {
+                Ok(tags) => self.table.decide_from_guest(port, &tags),
+                Err(_) => GuestVerdict::Drop(DropReason::Malformed),
+            };
+            let rewritten = match verdict {
+                GuestVerdict::Forward(edit) => rewrite(frame, &edit, self.abilities, mtu),
+                GuestVerdict::Drop(reason) => Err(reason),
+            };
+            if let Err(reason) = rewritten {
+                flow.add_drops(reason, 1);
+            }
+            handlings.push(rewritten.ok());
+        }
+        flow.add_in(burst.len() as u64 + lost, bytes);
+        flow.add_drops(DropReason::RingOverrun, lost);
+        let mut lane = Lane {
+            device: self.uplink.as_deref_mut(),
+            link: &self.uplink_shared.link,
+            shed_until: &mut self.uplink_shed,
+            flow,
+            toward: Toward::Uplink,
+            now,
+            space: &mut self.space,
+            segments: &mut self.segments,
+        };
+        let frames = burst.iter().zip(&handlings);
+        lane.send_frames(frames.filter_map(|(frame, handling)| Some((frame, (*handling)?))));
+        let moved = lost > 0 || !burst.is_empty();
+        drop(burst);
+        device.release();
+        moved
+    }
+
+    /// Asks epoll; whether there may be commands.
+    fn poll_events(&mut self, timeout: Option<Duration>) -> bool {
+        // Interrupted or not, the rings are looked at next.
+        let _ = self.poll.poll(&mut self.events, timeout);
+        let mut commanded = false;
+        for event in &self.events {
+            let (port, device) = match event.token() {
+                WAKER => {
+                    commanded = true;
+                    continue;
+                }
+                UPLINK => (None, self.uplink.as_deref()),
+                Token(port) => (Some(port), self.slots.get(port).and_then(|slot| slot.device.as_deref())),
+            };
+            if event.is_error() && let Some(device) = device {
+                device.clear_error();
+            }
+            if let Some(port) = port {
+                self.heat(port);
+            }
+        }
+        commanded
+    }
+
+    fn heat(&mut self, port: PortIndex) {
+        let Some(slot) = self.slots.get_mut(port) else { return };
+        slot.empty_rounds = 0;
+        if !slot.hot {
+            slot.hot = true;
+            self.hot.push(port);
+        }
+    }
+
+    fn obey(&mut self) -> ControlFlow<()> {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Attach(port, device) => self.attach(port, device),
+                Command::Detach(port) => self.detach(port),
+                Command::Stop => {
+                    self.stop();
+                    return ControlFlow::Break(());
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Takes a device into the loop; gives it back with the error if it cannot be
+    /// polled.
+    pub fn attach(&mut self, port: Option<PortIndex>, device: Box<Device>) {
+        self.detach(port);
+        let token = port.map_or(UPLINK, Token);
+        let registered = device.poll_fd().map_or(Ok(()), |fd| {
+            self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
+        });
+        let place = match port {
+            None => Some(&mut self.uplink),
+            Some(port) => self.slots.get_mut(port).map(|slot| &mut slot.device),
+        };
+        match (place, registered) {
+            (Some(place), Ok(())) => *place = Some(device),
+            (_, registered) => {
+                let error = registered.err();
+                let _ = self.departed.send(Departed { port, device, error });
+            }
+        }
+        if let Some(port) = port {
+            self.heat(port);
+        }
+    }
+
+    /// Forwards what the device has already received and gives it back.
+    fn detach(&mut self, port: Option<PortIndex>) {
+        let now = Instant::now();
+        while now.elapsed() < DRAIN_TIME
+            && match port {
+                None => self.from_uplink(now),
+                Some(port) => self.from_guest(port, now),
+            }
+        {}
+        let device = match port {
+            None => self.uplink.take(),
+            Some(port) => self.slots.get_mut(port).and_then(|slot| slot.device.take()),
+        };
+        let Some(device) = device else { return };
+        if let Some(fd) = device.poll_fd() {
+            // Control may hold a duplicate that would keep the entry alive.
+            let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
+        }
+        let _ = self.departed.send(Departed { port, device, error: None });
+    }
+
+    fn stop(&mut self) {
+        let start = Instant::now();
+        while start.elapsed() < DRAIN_TIME && self.round(Instant::now()) {}
+        for port in (0..self.slots.len()).map(Some).chain([None]) {
+            self.detach(port);
+        }
+    }
+}
+
+/// Length of a frame on the wire, in bytes: its tags included, wherever they are.
+#[inline]
+fn wire_len(frame: &crate::sys::packet::Received<'_>) -> u64 {
+    let stripped = if frame.stripped.is_some() { crate::frame::TAG_LEN } else { 0 };
+    (frame.buffer.frame_len() + stripped) as u64
+}
+
+type Links = [(u8, Handling); BURST];
+
+/// Appends a frame to the chain of its port.
+#[inline]
+fn chain(
+    slot: &mut Slot,
+    port: PortIndex,
+    position: u8,
+    place: usize,
+    handling: Handling,
+    links: &mut Links,
+    ports: &mut ArrayVec<PortIndex, BURST>,
+) {
+    let first = match slot.chain {
+        None => {
+            ports.push(port);
+            position
+        }
+        Some((first, last)) => {
+            if let Some(link) = links.get_mut(usize::from(last)) {
+                link.0 = position;
+            }
+            first
+        }
+    };
+    slot.chain = Some((first, position));
+    if let Some(link) = links.get_mut(place) {
+        *link = (0, handling);
+    }
+}
+
+/// Walks a port's chain: positions in the burst and how to send them.
+struct Chained<'l> {
+    links: &'l Links,
+    range: Option<(u8, u8)>,
+}
+
+impl Iterator for Chained<'_> {
+    type Item = (u8, Handling);
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        let (position, last) = self.range?;
+        let (next, handling) = *self.links.get(usize::from(position))?;
+        self.range = (position != last).then_some((next, last));
+        Some((position, handling))
+    }
+}

@@ -1,0 +1,190 @@
+//! What a worker moves frames between: one small interface over netdevs, taps we
+//! hold ourselves, and memory.
+//!
+//! A device takes bursts and gives bursts; it knows nothing of VLANs. What may not
+//! live here: decisions about frames (`switch`) and when to poll (`dataplane`).
+
+mod internal;
+mod memory;
+mod netdev;
+
+pub use internal::{InternalError, InternalPort};
+pub use memory::MemoryPort;
+pub use netdev::{NetdevOptions, NetdevPort};
+
+use crate::sys::packet::{Burst, CopyPool, KernelCounter, SendSpace};
+use nix::errno::Errno;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+/// Something frames come from and go to.
+#[derive(Debug)]
+pub enum Device {
+    /// A network device: the uplink, a VM's tap, a container's veth.
+    Netdev(NetdevPort),
+    /// A tap whose file descriptor is ours (`internal:NAME`).
+    Internal(InternalPort),
+    /// Frames in memory, for tests and instruction counts.
+    Memory(MemoryPort),
+}
+
+impl Device {
+    /// Whether frames may be waiting; must not cost a system call to say no.
+    #[inline]
+    pub fn is_ready(&self) -> bool {
+        match self {
+            Self::Netdev(port) => port.receiver.is_ready(),
+            Self::Internal(_) => true,
+            Self::Memory(port) => port.is_ready(),
+        }
+    }
+
+    /// Takes a burst of frames. Returns how many the kernel announced and could
+    /// not deliver whole.
+    #[inline]
+    pub fn receive<'a>(&'a mut self, copies: &'a mut CopyPool, burst: &mut Burst<'a>) -> u64 {
+        match self {
+            Self::Netdev(port) => port.receiver.receive(copies, burst),
+            Self::Internal(port) => port.receive(copies, burst),
+            Self::Memory(port) => port.receive(burst),
+        }
+    }
+
+    /// Gives the memory of the last burst back.
+    #[inline]
+    pub fn release(&mut self) {
+        match self {
+            Self::Netdev(port) => port.receiver.release(),
+            Self::Internal(_) => {}
+            Self::Memory(port) => port.release(),
+        }
+    }
+
+    /// Sends packets (virtio header and frame) in order. `refused` is told the
+    /// position of each packet the kernel would not take and why, and says
+    /// whether to go on; when it breaks, the packets behind are not tried.
+    #[inline]
+    pub fn transmit(
+        &mut self,
+        packets: &[&[u8]],
+        space: &mut SendSpace,
+        mut refused: impl FnMut(usize, Errno) -> ControlFlow<()>,
+    ) {
+        let mut next = 0;
+        let mut loaded = space.load(packets);
+        while next < packets.len() {
+            let sent = match self {
+                Self::Netdev(port) => loaded.send_from(&port.transmitter, next),
+                Self::Internal(port) => port.send(packets.get(next..).unwrap_or_default()),
+                Self::Memory(port) => port.send(packets.get(next..).unwrap_or_default()),
+            };
+            match sent {
+                // Nothing and no error cannot be; go on rather than spin.
+                Ok(sent) => next += sent.max(1),
+                Err(errno) => {
+                    if refused(next, errno).is_break() {
+                        return;
+                    }
+                    next += 1;
+                }
+            }
+        }
+    }
+
+    /// The descriptor to poll for incoming frames.
+    pub fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Netdev(port) => Some(port.receiver.as_fd()),
+            Self::Internal(port) => Some(port.as_fd()),
+            Self::Memory(_) => None,
+        }
+    }
+
+    /// Takes the error a vanished or downed device leaves behind.
+    pub fn clear_error(&self) {
+        if let Self::Netdev(port) = self {
+            port.receiver.clear_error();
+        }
+    }
+
+    /// A handle to the kernel's own counts of received frames, where it keeps any.
+    ///
+    /// # Errors
+    /// The kernel's, when out of file descriptors.
+    pub fn kernel_counter(&self) -> std::io::Result<Option<KernelCounter>> {
+        match self {
+            Self::Netdev(port) => port.receiver.counter().map(Some),
+            Self::Internal(_) | Self::Memory(_) => Ok(None),
+        }
+    }
+}
+
+/// State of a device as netlink tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DeviceState {
+    /// Not there.
+    Absent = 0,
+    /// There, administratively down.
+    Down = 1,
+    /// Up without carrier: no VMM holds the tap, or the cable is out.
+    NoCarrier = 2,
+    /// Up with carrier.
+    Up = 3,
+}
+
+impl DeviceState {
+    /// The word users see.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Absent => "absent",
+            Self::Down => "down",
+            Self::NoCarrier => "no_carrier",
+            Self::Up => "up",
+        }
+    }
+}
+
+/// What control knows of a device and a worker needs: written by control only.
+#[derive(Debug)]
+pub struct Link {
+    state: AtomicU8,
+    mtu: AtomicU32,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self { state: AtomicU8::new(DeviceState::Absent as u8), mtu: AtomicU32::new(u32::MAX) }
+    }
+}
+
+impl Link {
+    /// Publishes the device's state and its MTU in bytes.
+    pub fn set(&self, state: DeviceState, mtu: u32) {
+        self.mtu.store(mtu, Ordering::Relaxed);
+        self.state.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// The state last published.
+    pub fn state(&self) -> DeviceState {
+        match self.state.load(Ordering::Relaxed) {
+            0 => DeviceState::Absent,
+            1 => DeviceState::Down,
+            2 => DeviceState::NoCarrier,
+            _ => DeviceState::Up,
+        }
+    }
+
+    /// Whether frames sent now can arrive.
+    #[inline]
+    pub fn is_up(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == DeviceState::Up as u8
+    }
+
+    /// The device's MTU in bytes.
+    #[inline]
+    pub fn mtu(&self) -> u32 {
+        self.mtu.load(Ordering::Relaxed)
+    }
+}

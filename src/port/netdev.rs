@@ -1,0 +1,55 @@
+//! A network device through AF_PACKET: the uplink, and the netdev side of a tap
+//! whose file descriptor the VMM owns.
+
+use crate::sys::bpf::UplinkFilter;
+use crate::sys::packet::{PacketError, Receiver, ReceiverOptions, Transmitter};
+
+/// Slots in the uplink's ring: 8 MiB, a few milliseconds of small frames.
+const UPLINK_SLOTS: usize = 4096;
+/// Slots in a port's ring: 2 MiB.
+const PORT_SLOTS: usize = 1024;
+/// Super-frames waiting for the uplink's reader, bytes.
+const UPLINK_COPY_QUEUE: usize = 64 << 20;
+/// Super-frames waiting for a port's reader, bytes.
+const PORT_COPY_QUEUE: usize = 16 << 20;
+
+/// How a device takes part.
+#[derive(Debug, Clone, Copy)]
+pub enum NetdevOptions<'f> {
+    /// The uplink: promiscuous, and only frames the filter claims.
+    Uplink(&'f UplinkFilter),
+    /// A port: everything its guest sends.
+    Port,
+}
+
+/// A network device.
+#[derive(Debug)]
+pub struct NetdevPort {
+    pub(super) receiver: Receiver,
+    pub(super) transmitter: Transmitter,
+}
+
+impl NetdevPort {
+    /// Attaches to the device with this index.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step that failed.
+    pub fn open(index: u32, options: NetdevOptions<'_>) -> Result<Self, PacketError> {
+        let transmitter = Transmitter::open(index)?;
+        let options = match options {
+            NetdevOptions::Uplink(filter) => ReceiverOptions {
+                slots: UPLINK_SLOTS,
+                copy_queue: UPLINK_COPY_QUEUE,
+                promiscuous: true,
+                filter: Some(filter),
+            },
+            NetdevOptions::Port => ReceiverOptions {
+                slots: PORT_SLOTS,
+                copy_queue: PORT_COPY_QUEUE,
+                promiscuous: false,
+                filter: None,
+            },
+        };
+        Ok(Self { receiver: Receiver::open(index, &options)?, transmitter })
+    }
+}

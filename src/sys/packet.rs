@@ -1,0 +1,569 @@
+#![allow(unsafe_code, reason = "memory shared with the kernel, and socket options nix does not know")]
+//! AF_PACKET: the receive ring and the sending side (`net/packet/af_packet.c`,
+//! `Documentation/networking/packet_mmap.rst`).
+//!
+//! **Receiving.** A TPACKET_V2 ring of small slots. Each slot starts with a status
+//! word that says who owns the slot: 0 the kernel, `TP_STATUS_USER` us. The kernel
+//! writes the slot, then the status (release); we read the status (acquire), work
+//! on the bytes in place, and store 0 (release) when the frame has been sent. The
+//! ten bytes before the frame hold its virtio header, and the slot header before
+//! them is room for pushed tags. A frame longer than a slot arrives whole on the
+//! socket's queue, in the order of the slots that announce it (`TP_STATUS_COPY`).
+//!
+//! **Invariants.** `next` is the slot the kernel fills next among those we have
+//! not seen; the `taken` slots before it are ours and may be referenced by frames.
+//! [`Receiver::receive`] borrows the receiver for as long as its frames live, and
+//! [`Receiver::release`] borrows it mutably, so no frame outlives its slot. Slots go
+//! back in order, because `packet_poll` looks at the newest only.
+//!
+//! **Sending.** `sendmmsg` of whole bursts on a second socket that is hooked to
+//! nothing (protocol 0). The kernel has copied the bytes when the call returns.
+
+use super::bpf::UplinkFilter;
+use crate::frame::edit::HEADROOM;
+use crate::frame::vnet::VNET_HEADER_LEN;
+use crate::frame::{FrameBuffer, Tag, Tci, Tpid, VnetHeader};
+use arrayvec::ArrayVec;
+use libc::{c_int, c_void, socklen_t};
+use nix::errno::Errno;
+use std::marker::PhantomData;
+use std::mem::{offset_of, size_of, size_of_val};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+use thiserror::Error;
+
+/// Frames taken from a device, or sent to one, in one go.
+pub const BURST: usize = 64;
+/// Super-frames taken in one burst: few enough for their copies to stay in cache.
+pub const COPIES: usize = 16;
+/// Length of a ring slot in bytes: an MTU of 1500 fits with room to spare.
+pub const SLOT_LEN: usize = 2048;
+
+/// Bytes of a slot's header that stay out of reach of frame buffers: the status
+/// word and the fields read through a pointer.
+const SLOT_HEADER_LEN: usize = size_of::<libc::tpacket2_hdr>();
+/// A super-frame with its virtio header, and room for tags before it.
+const COPY_LEN: usize = 68 * 1024;
+const COPY_START: usize = HEADROOM;
+const SEND_BUFFER: c_int = 64 << 20;
+
+const _: () = assert!(size_of::<libc::tpacket2_hdr>() == 32);
+const _: () = assert!(offset_of!(libc::tpacket2_hdr, tp_mac) == 12);
+const _: () = assert!(offset_of!(libc::tpacket2_hdr, tp_vlan_tpid) == 26);
+const _: () = assert!(size_of::<libc::tpacket_req>() == 16);
+
+/// What went wrong while a packet socket was set up.
+#[derive(Debug, Error)]
+#[error("{step}: {}", .errno.desc())]
+pub struct PacketError {
+    /// The step that failed, in words.
+    pub step: &'static str,
+    /// The kernel's answer.
+    pub errno: Errno,
+}
+
+fn at(step: &'static str) -> impl FnOnce(Errno) -> PacketError {
+    move |errno| PacketError { step, errno }
+}
+
+/// A frame as a device delivered it.
+#[derive(Debug)]
+pub struct Received<'a> {
+    /// Its bytes, with headroom.
+    pub buffer: FrameBuffer<'a>,
+    /// The tag the kernel took out of the bytes.
+    pub stripped: Option<Tag>,
+    /// Its virtio header.
+    pub header: VnetHeader,
+}
+
+/// The frames of one burst.
+pub type Burst<'a> = ArrayVec<Received<'a>, BURST>;
+
+/// Buffers for super-frames, shared by the receivers of one worker.
+#[derive(Debug)]
+pub struct CopyPool(Vec<Box<[u8]>>);
+
+impl Default for CopyPool {
+    fn default() -> Self {
+        Self((0..COPIES).map(|_| vec![0; COPY_LEN].into_boxed_slice()).collect())
+    }
+}
+
+impl CopyPool {
+    /// The buffers, each to be lent once per burst.
+    pub fn buffers(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        self.0.iter_mut().map(|buffer| &mut buffer[..])
+    }
+}
+
+/// What the kernel counted on a receiving socket since the last look.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KernelCount {
+    /// Frames offered to the socket, those it dropped included.
+    pub frames: u64,
+    /// Frames dropped because the ring was full.
+    pub overruns: u64,
+}
+
+/// How a receiver is set up.
+#[derive(Debug, Clone, Copy)]
+pub struct ReceiverOptions<'f> {
+    /// Slots in the ring; a multiple of 64.
+    pub slots: usize,
+    /// Bytes of super-frames that may wait on the socket's queue.
+    pub copy_queue: usize,
+    /// Make the device take frames for any address.
+    pub promiscuous: bool,
+    /// Which frames to take at all.
+    pub filter: Option<&'f UplinkFilter>,
+}
+
+/// A packet socket's receive ring on one device.
+#[derive(Debug)]
+pub struct Receiver {
+    socket: OwnedFd,
+    ring: Ring,
+    next: usize,
+    taken: usize,
+}
+
+impl Receiver {
+    /// Opens a ring on the device with this index; frames flow from then on.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step; nothing is left behind.
+    pub fn open(index: u32, options: &ReceiverOptions<'_>) -> Result<Self, PacketError> {
+        let socket = socket()?;
+        let fd = socket.as_fd();
+        // The socket has protocol 0 until it is bound, so no frame comes in
+        // before everything is in place.
+        set(fd, libc::SOL_PACKET, libc::PACKET_VERSION, &(libc::tpacket_versions::TPACKET_V2 as c_int))
+            .map_err(at("choose TPACKET_V2"))?;
+        set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1).map_err(at("ask for virtio headers"))?;
+        set(fd, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, &1).map_err(at("ignore outgoing frames"))?;
+        set(fd, libc::SOL_PACKET, libc::PACKET_COPY_THRESH, &1).map_err(at("ask for whole super-frames"))?;
+        // The kernel doubles what is asked for.
+        set(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &((options.copy_queue / 2) as c_int))
+            .map_err(at("size the receive queue"))?;
+        if let Some(filter) = options.filter {
+            filter.attach(fd).map_err(|error| PacketError {
+                step: "attach the socket filter",
+                errno: error.errno().unwrap_or(Errno::EINVAL),
+            })?;
+        }
+        let ring = Ring::new(fd, options.slots)?;
+        bind(fd, index, libc::ETH_P_ALL as u16).map_err(at("bind to the device"))?;
+        if options.promiscuous {
+            let request = libc::packet_mreq {
+                mr_ifindex: index as c_int,
+                mr_type: libc::PACKET_MR_PROMISC as u16,
+                mr_alen: 0,
+                mr_address: [0; 8],
+            };
+            set(fd, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &request)
+                .map_err(at("make the device promiscuous"))?;
+        }
+        Ok(Self { socket, ring, next: 0, taken: 0 })
+    }
+
+    /// Whether a frame is waiting: one look at memory.
+    #[inline]
+    pub fn is_ready(&self) -> bool {
+        self.ring.status(self.next).load(Ordering::Relaxed) & libc::TP_STATUS_USER != 0
+    }
+
+    /// Takes frames until the ring is empty, `burst` is full or `copies` are used
+    /// up. Returns how many frames had to be given up because the kernel had no
+    /// room for all of their bytes.
+    #[inline]
+    pub fn receive<'a>(&'a mut self, copies: &'a mut CopyPool, burst: &mut Burst<'a>) -> u64 {
+        let mut lost = 0;
+        let mut copies = copies.buffers();
+        let mut copies_left = COPIES;
+        while !burst.is_full() && copies_left > 0 && self.taken < self.ring.slots {
+            let status = self.ring.status(self.next).load(Ordering::Acquire);
+            if status & libc::TP_STATUS_USER == 0 {
+                break;
+            }
+            self.ring.prefetch((self.next + 1) % self.ring.slots);
+            // SAFETY: the acquire load saw TP_STATUS_USER, so the kernel has
+            // written this slot and leaves it alone until `release` hands it back.
+            // `next` moves on below and cannot come round to it again while
+            // `taken < slots`, and `release` cannot be called while `'a` lives:
+            // nothing else refers to the slot.
+            let (header, bytes) = unsafe { self.ring.slot(self.next) };
+            self.next = (self.next + 1) % self.ring.slots;
+            self.taken += 1;
+            let frame = if status & libc::TP_STATUS_COPY != 0 {
+                copies_left -= 1;
+                copies.next().and_then(|copy| receive_copy(&self.socket, copy))
+            } else if header.tp_snaplen != header.tp_len {
+                None
+            } else {
+                in_slot(&header, bytes)
+            };
+            match frame {
+                Some((buffer, vnet)) => {
+                    burst.push(Received { buffer, stripped: stripped(&header, status), header: vnet });
+                }
+                None => lost += 1,
+            }
+        }
+        lost
+    }
+
+    /// Gives all taken slots back to the kernel.
+    #[inline]
+    pub fn release(&mut self) {
+        let slots = self.ring.slots;
+        let first = (self.next + slots - self.taken) % slots;
+        for offset in 0..self.taken {
+            self.ring.status((first + offset) % slots).store(libc::TP_STATUS_KERNEL, Ordering::Release);
+        }
+        self.taken = 0;
+    }
+
+    /// A second handle to the socket, to read [`KernelCount`]s from another thread.
+    ///
+    /// # Errors
+    /// The kernel's, when out of file descriptors.
+    pub fn counter(&self) -> std::io::Result<KernelCounter> {
+        self.socket.try_clone().map(KernelCounter)
+    }
+
+    /// Takes the error a device that went down leaves on the socket, so that
+    /// polling does not report it for ever.
+    pub fn clear_error(&self) -> Option<Errno> {
+        let mut error: c_int = 0;
+        get(self.socket.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR, &mut error).ok()?;
+        (error != 0).then(|| Errno::from_raw(error))
+    }
+}
+
+impl AsFd for Receiver {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Reads what the kernel counted on a [`Receiver`]'s socket.
+#[derive(Debug)]
+pub struct KernelCounter(OwnedFd);
+
+impl KernelCounter {
+    /// What was counted since the last call: the kernel resets on reading.
+    pub fn take(&self) -> KernelCount {
+        let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+        match get(self.0.as_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, &mut stats) {
+            Ok(()) => KernelCount { frames: stats.tp_packets.into(), overruns: stats.tp_drops.into() },
+            Err(_) => KernelCount::default(),
+        }
+    }
+}
+
+/// The slot's frame in place; `None` if the kernel's offsets make no sense.
+#[inline]
+fn in_slot<'a>(
+    header: &libc::tpacket2_hdr,
+    bytes: &'a mut [u8],
+) -> Option<(FrameBuffer<'a>, VnetHeader)> {
+    let start = usize::from(header.tp_mac).checked_sub(SLOT_HEADER_LEN)?;
+    let end = start.checked_add(header.tp_snaplen as usize)?;
+    let bytes = bytes.get_mut(..end)?;
+    let vnet = VnetHeader::from_bytes(bytes.get(start.checked_sub(VNET_HEADER_LEN)?..)?.first_chunk()?);
+    Some((FrameBuffer::new(bytes, start)?, vnet))
+}
+
+/// Reads the super-frame a slot announced.
+fn receive_copy<'a>(socket: &OwnedFd, copy: &'a mut [u8]) -> Option<(FrameBuffer<'a>, VnetHeader)> {
+    let place = copy.get_mut(COPY_START - VNET_HEADER_LEN..)?;
+    let length = nix::sys::socket::recv(
+        socket.as_raw_fd(),
+        place,
+        nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_TRUNC,
+    )
+    .ok()?;
+    // MSG_TRUNC tells the whole length: a frame longer than the buffer is lost.
+    let frame = place.get(..length)?;
+    let vnet = VnetHeader::from_bytes(frame.first_chunk()?);
+    let bytes = copy.get_mut(..COPY_START - VNET_HEADER_LEN + length)?;
+    Some((FrameBuffer::new(bytes, COPY_START)?, vnet))
+}
+
+#[inline]
+fn stripped(header: &libc::tpacket2_hdr, status: u32) -> Option<Tag> {
+    if status & libc::TP_STATUS_VLAN_VALID == 0 {
+        return None;
+    }
+    let tpid = if status & libc::TP_STATUS_VLAN_TPID_VALID != 0 {
+        Tpid::from_ethertype(header.tp_vlan_tpid)?
+    } else {
+        Tpid::Customer
+    };
+    Some(Tag { tpid, tci: Tci(header.tp_vlan_tci) })
+}
+
+/// The mapped ring.
+#[derive(Debug)]
+struct Ring {
+    base: NonNull<u8>,
+    slots: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is process-wide; all access
+// to it follows the ownership the status words give, wherever the value is.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    const BLOCK_LEN: usize = 64 * SLOT_LEN;
+
+    fn new(socket: BorrowedFd<'_>, slots: usize) -> Result<Self, PacketError> {
+        let request = libc::tpacket_req {
+            tp_block_size: Self::BLOCK_LEN as u32,
+            tp_block_nr: (slots * SLOT_LEN / Self::BLOCK_LEN) as u32,
+            tp_frame_size: SLOT_LEN as u32,
+            tp_frame_nr: slots as u32,
+        };
+        set(socket, libc::SOL_PACKET, libc::PACKET_RX_RING, &request)
+            .map_err(at("allocate the receive ring"))?;
+        // SAFETY: a new mapping at an address the kernel chooses; its length is
+        // that of the ring just allocated.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                slots * SLOT_LEN,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                socket.as_raw_fd(),
+                0,
+            )
+        };
+        match NonNull::new(base.cast()) {
+            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Self { base, slots }),
+            _ => Err(at("map the receive ring")(Errno::last())),
+        }
+    }
+
+    #[inline]
+    fn at(&self, slot: usize) -> NonNull<u8> {
+        debug_assert!(slot < self.slots);
+        // SAFETY: `slot < slots`, so the offset is inside the mapping. Blocks hold
+        // a whole number of slots, hence slots lie one after the other.
+        unsafe { self.base.add(slot * SLOT_LEN) }
+    }
+
+    #[inline]
+    fn status(&self, slot: usize) -> &AtomicU32 {
+        // SAFETY: the status word is the slot's first four bytes, aligned (slots
+        // are 2048 bytes from a page boundary), alive as long as the mapping, and
+        // accessed by both sides as a whole word only.
+        unsafe { AtomicU32::from_ptr(self.at(slot).as_ptr().cast()) }
+    }
+
+    /// The slot's header, and its bytes behind the header.
+    ///
+    /// # Safety
+    /// The slot's status must have shown `TP_STATUS_USER` by an acquire load, and
+    /// no other reference to its bytes may exist until it is released.
+    #[inline]
+    unsafe fn slot<'a>(&self, slot: usize) -> (libc::tpacket2_hdr, &'a mut [u8]) {
+        let start = self.at(slot);
+        // SAFETY: the caller's promise makes the slot ours; header and bytes lie
+        // within it and do not overlap.
+        unsafe {
+            let header = start.cast::<libc::tpacket2_hdr>().read();
+            let bytes = start.add(SLOT_HEADER_LEN);
+            (header, std::slice::from_raw_parts_mut(bytes.as_ptr(), SLOT_LEN - SLOT_HEADER_LEN))
+        }
+    }
+
+    #[inline]
+    fn prefetch(&self, slot: usize) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint; the address is inside the mapping.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let start = self.at(slot).as_ptr().cast::<i8>();
+            _mm_prefetch::<_MM_HINT_T0>(start);
+            _mm_prefetch::<_MM_HINT_T0>(start.add(64));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = slot;
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`, unmapped once; frames borrow the
+        // receiver, so none is left.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.slots * SLOT_LEN) };
+    }
+}
+
+/// A packet socket that only sends.
+#[derive(Debug)]
+pub struct Transmitter(OwnedFd);
+
+impl Transmitter {
+    /// Opens a sending socket on the device with this index.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step.
+    pub fn open(index: u32) -> Result<Self, PacketError> {
+        let socket = socket()?;
+        let fd = socket.as_fd();
+        set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1).map_err(at("send virtio headers"))?;
+        set(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER).map_err(at("size the send buffer"))?;
+        bind(fd, index, 0).map_err(at("bind to the device"))?;
+        Ok(Self(socket))
+    }
+}
+
+impl AsFd for Transmitter {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The arrays `sendmmsg` reads.
+pub struct SendSpace {
+    messages: Box<[libc::mmsghdr; BURST]>,
+    vectors: Box<[libc::iovec; BURST]>,
+}
+
+impl std::fmt::Debug for SendSpace {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("SendSpace").finish_non_exhaustive()
+    }
+}
+
+// SAFETY: the pointers inside are read only through a `Loaded`, after `load` has
+// set them to this value's own boxes and to packets that outlive the borrow.
+unsafe impl Send for SendSpace {}
+
+impl Default for SendSpace {
+    fn default() -> Self {
+        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let vectors = Box::new([empty; BURST]);
+        // SAFETY: all-zero is a valid `mmsghdr`: null pointers and zero lengths.
+        let blank: libc::mmsghdr = unsafe { std::mem::zeroed() };
+        Self { messages: Box::new([blank; BURST]), vectors }
+    }
+}
+
+impl SendSpace {
+    /// Points the arrays at these packets, of which at most [`BURST`] are taken.
+    #[inline]
+    pub fn load<'p>(&'p mut self, packets: &[&'p [u8]]) -> Loaded<'p> {
+        let places = self.messages.iter_mut().zip(self.vectors.iter_mut());
+        for ((message, vector), packet) in places.zip(packets) {
+            vector.iov_base = packet.as_ptr().cast_mut().cast();
+            vector.iov_len = packet.len();
+            message.msg_hdr.msg_iov = vector;
+            message.msg_hdr.msg_iovlen = 1;
+        }
+        let count = packets.len().min(BURST);
+        Loaded { space: self, count, packets: PhantomData }
+    }
+}
+
+/// A [`SendSpace`] pointed at packets.
+#[derive(Debug)]
+pub struct Loaded<'p> {
+    space: &'p mut SendSpace,
+    count: usize,
+    packets: PhantomData<&'p [u8]>,
+}
+
+impl Loaded<'_> {
+    /// Sends the packets from the `first` on; returns how many went out.
+    ///
+    /// # Errors
+    /// The kernel's answer to packet `first`, if that one did not go out.
+    #[inline]
+    pub fn send_from(&mut self, transmitter: &Transmitter, first: usize) -> Result<usize, Errno> {
+        let Some(messages) = self.space.messages.get_mut(first..self.count) else {
+            return Ok(0);
+        };
+        // SAFETY: the messages point at vectors of the same space, and those at
+        // packets borrowed for as long as `self`; the kernel only reads them.
+        let sent = unsafe {
+            libc::sendmmsg(
+                transmitter.0.as_raw_fd(),
+                messages.as_mut_ptr(),
+                messages.len() as u32,
+                libc::MSG_DONTWAIT,
+            )
+        };
+        usize::try_from(sent).map_err(|_| Errno::last())
+    }
+}
+
+/// `PACKET_IGNORE_OUTGOING` (`include/uapi/linux/if_packet.h`, since 4.20).
+const PACKET_IGNORE_OUTGOING: c_int = 23;
+
+fn socket() -> Result<OwnedFd, PacketError> {
+    // SAFETY: no memory is passed; a non-negative result is a new descriptor that
+    // nobody else owns.
+    unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(at("open a packet socket")(Errno::last()));
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+fn bind(socket: BorrowedFd<'_>, index: u32, protocol: u16) -> Result<(), Errno> {
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: protocol.to_be(),
+        sll_ifindex: index as c_int,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the address is valid for the length given.
+    let result = unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of_val(&address) as socklen_t,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+fn set<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &T) -> Result<(), Errno> {
+    // SAFETY: the value is valid for its length; every caller passes the plain
+    // struct or int the option takes.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(value).cast::<c_void>(),
+            size_of::<T>() as socklen_t,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+fn get<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &mut T) -> Result<(), Errno> {
+    let mut length = size_of::<T>() as socklen_t;
+    // SAFETY: the value is valid for writes of its length, and any bytes make a
+    // valid value of the plain types callers pass.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_mut(value).cast::<c_void>(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result).map(drop)
+}
