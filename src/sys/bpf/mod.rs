@@ -1,0 +1,57 @@
+//! eBPF without a toolchain: assemble, load, attach.
+//!
+//! Three jobs need a program in the kernel. The **seal** on every tap keeps guest
+//! frames from the host's IP stack; the **uplink filter** keeps the host's own
+//! traffic out of our ring; the **kernel path** pops, pushes and redirects. Each is
+//! tens of instructions, so [`Program`] assembles them, [`load`] hands them to
+//! bpf(2), and these hook them in:
+//!
+//! | hook | call | lives until |
+//! |---|---|---|
+//! | tc, TCX (Linux 6.6) | [`tcx::attach`] | detached, or the device goes: it survives us |
+//! | socket filter | [`UplinkFilter::attach`] | the socket is closed |
+//! | XDP (benches, tests) | [`attach_xdp`] | the returned link is closed |
+//!
+//! A tc program at ingress acts after AF_PACKET has seen the frame
+//! (`__netif_receive_skb_core` in net/core/dev.c): so a program that drops
+//! everything seals a tap and starves nobody. An XDP program acts before.
+//!
+//! Capabilities: CAP_BPF and CAP_NET_ADMIN (CAP_SYS_ADMIN before Linux 5.8).
+
+mod assembler;
+mod filter;
+mod map;
+mod programs;
+mod syscall;
+mod xdp;
+
+pub mod tcx;
+
+pub use assembler::{
+    Alu, AssemblyError, Condition, Helper, Instruction, Label, Operand, Program, R0, R1, R2, R3,
+    R4, R5, R6, R7, R8, R9, R10, Register, Width,
+};
+pub use filter::UplinkFilter;
+pub use map::{ArrayMap, PerCpuArrayMap};
+pub use programs::{
+    COUNTER_BYTES, COUNTER_FRAMES, PopRule, TaggedVlan, seal_program, tc_count_drop_program,
+    vlan_pop_program, vlan_pop_redirect, vlan_push_program, vlan_push_redirect,
+    xdp_count_drop_program, xdp_drop_program,
+};
+pub use syscall::{BpfError, ProgramKind, load};
+pub use xdp::{XdpMode, attach_xdp};
+
+/// Offsets in `struct __sk_buff` (include/uapi/linux/bpf.h): the context of socket
+/// filters and tc programs. Each field is a 4-byte word.
+pub mod skb {
+    /// Frame length in bytes.
+    pub const LEN: i16 = 0;
+    /// PACKET_HOST, PACKET_BROADCAST, ... (include/uapi/linux/if_packet.h).
+    pub const PKT_TYPE: i16 = 4;
+    /// 1 when the outermost tag is in `VLAN_TCI` and `VLAN_PROTO`, not in the bytes.
+    pub const VLAN_PRESENT: i16 = 20;
+    /// PCP, DEI and VID of that tag, in the machine's order.
+    pub const VLAN_TCI: i16 = 24;
+    /// TPID of that tag, in network order in the low 16 bits.
+    pub const VLAN_PROTO: i16 = 28;
+}
