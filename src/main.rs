@@ -1,2 +1,64 @@
-//! vlanswitchd
-fn main() {}
+//! `vlanswitchd`: reads the command line, starts the switch, prints what it says.
+
+use anyhow::Context;
+use clap::Parser;
+use std::io::Write;
+use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
+use vlanswitchd::control::cli::{Arguments, Config, LogFormat};
+use vlanswitchd::control::daemon::Daemon;
+
+/// Exit status for wrong arguments or configuration, the one clap uses too.
+const WRONG_CONFIGURATION: u8 = 2;
+
+fn main() -> ExitCode {
+    let config = match Config::try_from(Arguments::parse()) {
+        Ok(config) => config,
+        Err(error) => return complain(&error.into(), WRONG_CONFIGURATION),
+    };
+    start_logging(config.log_format, config.verbosity);
+    let daemon = match Daemon::start(config) {
+        Ok(daemon) => daemon,
+        Err(error) => {
+            let status = if error.is_configuration() { WRONG_CONFIGURATION } else { 1 };
+            return complain(&error.into(), status);
+        }
+    };
+    match daemon.run(announce, print).context("the control loop failed") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => complain(&error, 1),
+    }
+}
+
+fn start_logging(format: LogFormat, verbosity: u8) {
+    let level = match verbosity {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        _ => LevelFilter::DEBUG,
+    };
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_ansi(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+fn announce(line: &str) {
+    print(&format!("{line}\n"));
+    // Not under systemd: nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+fn print(text: &str) {
+    // A closed standard output must not stop the switch.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    let _ = std::io::stdout().flush();
+}
+
+fn complain(error: &anyhow::Error, status: u8) -> ExitCode {
+    eprintln!("vlanswitchd: error: {error:#}");
+    ExitCode::from(status)
+}

@@ -116,7 +116,7 @@ impl TryFrom<Arguments> for Config {
     type Error = ConfigError;
 
     fn try_from(arguments: Arguments) -> Result<Self, ConfigError> {
-        let tpid: Tpid = mapping::tpid("tpid", &arguments.tpid)?;
+        let tpid: Tpid = mapping::parse_tpid("tpid", &arguments.tpid)?;
         let (ports, table) = mapping::parse_all(&arguments.maps, &arguments.uplink, tpid)?;
         // One datapath so far: both words mean it.
         let (DatapathArgument::Auto | DatapathArgument::Packet) = arguments.datapath;

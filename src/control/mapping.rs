@@ -203,8 +203,9 @@ pub fn parse(map: &str, default_tpid: Tpid) -> Result<PortConfig, MapProblem> {
         Some(value) => return Err(bad_value("mode", value, "choose tunnel, access or trunk")),
     };
     let native = options.get("native").map(parse_vid).transpose()?;
-    let tpid = options.get("tpid").map(|value| tpid("tpid", value)).transpose()?;
-    let inner_tpid = options.get("inner-tpid").map(|value| tpid("inner-tpid", value)).transpose()?;
+    let tpid = options.get("tpid").map(|value| parse_tpid("tpid", value)).transpose()?;
+    let inner_tpid =
+        options.get("inner-tpid").map(|value| parse_tpid("inner-tpid", value)).transpose()?;
     let priority = match options.get("pcp") {
         None => Priority::Fixed(Pcp::default()),
         Some("copy") => Priority::Copy,
@@ -234,7 +235,7 @@ pub fn is_reserved(name: &str) -> bool {
 ///
 /// # Errors
 /// [`MapProblem::BadValue`].
-pub fn tpid(option: &'static str, value: &str) -> Result<Tpid, MapProblem> {
+pub fn parse_tpid(option: &'static str, value: &str) -> Result<Tpid, MapProblem> {
     value
         .strip_prefix("0x")
         .and_then(|digits| u16::from_str_radix(digits, 16).ok())

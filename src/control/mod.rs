@@ -1,5 +1,12 @@
 //! What runs beside the packet path: configuration, following the devices, the
-//! control socket, metrics. It may block, allocate and log; nothing here is
-//! called per frame.
+//! daemon itself. It may block, allocate and log; nothing here is called per frame.
 
+pub mod cli;
+pub mod daemon;
+mod host;
 pub mod links;
+pub mod mapping;
+mod mtu;
+mod privileges;
+mod probe;
+mod report;

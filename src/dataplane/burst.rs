@@ -244,7 +244,7 @@ impl Lane<'_> {
             let Some((place, rest)) = free.split_at_mut_checked(longest) else { break };
             let Some((header, body)) = place.split_first_chunk_mut::<VNET_HEADER_LEN>() else { break };
             *header = [0; VNET_HEADER_LEN];
-            let Some(length) = segmenter.next_into(body) else { break };
+            let Ok(Some(length)) = segmenter.next_into(body) else { break };
             packets.push(place.get(..VNET_HEADER_LEN + length).unwrap_or_default());
             free = rest;
         }

@@ -347,19 +347,10 @@ impl Worker {
                 device.clear_error();
             }
             if let Some(port) = port {
-                self.heat(port);
+                heat(&mut self.slots, &mut self.hot, port);
             }
         }
         commanded
-    }
-
-    fn heat(&mut self, port: PortIndex) {
-        let Some(slot) = self.slots.get_mut(port) else { return };
-        slot.empty_rounds = 0;
-        if !slot.hot {
-            slot.hot = true;
-            self.hot.push(port);
-        }
     }
 
     fn obey(&mut self) -> ControlFlow<()> {
@@ -396,7 +387,7 @@ impl Worker {
             }
         }
         if let Some(port) = port {
-            self.heat(port);
+            heat(&mut self.slots, &mut self.hot, port);
         }
     }
 
@@ -427,6 +418,16 @@ impl Worker {
         for port in (0..self.slots.len()).map(Some).chain([None]) {
             self.detach(port);
         }
+    }
+}
+
+/// Puts a port on the hot list.
+fn heat(slots: &mut [Slot], hot: &mut Vec<PortIndex>, port: PortIndex) {
+    let Some(slot) = slots.get_mut(port) else { return };
+    slot.empty_rounds = 0;
+    if !slot.hot {
+        slot.hot = true;
+        hot.push(port);
     }
 }
 

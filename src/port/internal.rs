@@ -6,12 +6,12 @@ use crate::frame::edit::HEADROOM;
 use crate::frame::vnet::VNET_HEADER_LEN;
 use crate::frame::{FrameBuffer, VnetHeader};
 use crate::sys::packet::{Burst, CopyPool, Received};
-use crate::sys::tap::TapError;
+
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// The tap could not be opened.
-pub type InternalError = TapError;
+
+
 
 /// A tap, from the file descriptor's side.
 #[derive(Debug)]

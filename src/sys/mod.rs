@@ -6,4 +6,7 @@
 //! or a VLAN map is (that is `port` and `switch`).
 
 pub mod bpf;
+pub mod ethtool;
 pub mod netns;
+pub mod packet;
+pub mod tap;

@@ -150,7 +150,7 @@ impl Receiver {
         if let Some(filter) = options.filter {
             filter.attach(fd).map_err(|error| PacketError {
                 step: "attach the socket filter",
-                errno: error.errno().unwrap_or(Errno::EINVAL),
+                errno: error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw),
             })?;
         }
         let ring = Ring::new(fd, options.slots)?;
@@ -340,8 +340,8 @@ impl Ring {
                 0,
             )
         };
-        match NonNull::new(base.cast()) {
-            Some(base) if base.as_ptr().cast() != libc::MAP_FAILED => Ok(Self { base, slots }),
+        match NonNull::new(base.cast::<u8>()) {
+            Some(start) if base != libc::MAP_FAILED => Ok(Self { base: start, slots }),
             _ => Err(at("map the receive ring")(Errno::last())),
         }
     }

@@ -9,8 +9,11 @@
 //! | hook | call | lives until |
 //! |---|---|---|
 //! | tc, TCX (Linux 6.6) | [`tcx::attach`] | detached, or the device goes: it survives us |
+//! | tc by clsact (Linux 4.5) | [`clsact::attach`] | the same |
 //! | socket filter | [`UplinkFilter::attach`] | the socket is closed |
 //! | XDP (benches, tests) | [`attach_xdp`] | the returned link is closed |
+//!
+//! [`attach_tc`] takes TCX where it can and clsact otherwise.
 //!
 //! A tc program at ingress acts after AF_PACKET has seen the frame
 //! (`__netif_receive_skb_core` in net/core/dev.c): so a program that drops
@@ -23,8 +26,10 @@ mod filter;
 mod map;
 mod programs;
 mod syscall;
+mod tc;
 mod xdp;
 
+pub mod clsact;
 pub mod tcx;
 
 pub use assembler::{
@@ -39,6 +44,7 @@ pub use programs::{
     xdp_count_drop_program, xdp_drop_program,
 };
 pub use syscall::{BpfError, ProgramKind, load};
+pub use tc::{Attached, Direction, Method, attach_tc, detach_tc};
 pub use xdp::{XdpMode, attach_xdp};
 
 /// Offsets in `struct __sk_buff` (include/uapi/linux/bpf.h): the context of socket

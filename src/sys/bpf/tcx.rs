@@ -12,44 +12,25 @@ use super::syscall::{
     BpfError, InfoByFd, OBJ_GET_INFO_BY_FD, PROG_ATTACH, PROG_DETACH, PROG_GET_FD_BY_ID,
     PROG_QUERY, ProgramAttach, ProgramById, ProgramInfo, ProgramQuery, bpf, bpf_open,
 };
+use super::tc::{Attached, Direction};
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-/// Which side of a device a tc program stands on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// Frames the device received, after AF_PACKET has seen them.
-    Ingress,
-    /// Frames about to be sent, before AF_PACKET sees them.
-    Egress,
-}
-
-impl Direction {
-    /// `enum bpf_attach_type`.
-    fn attach_type(self) -> u32 {
-        match self {
-            Self::Ingress => 46,
-            Self::Egress => 47,
-        }
-    }
-
-    /// As bpftool names it.
-    fn place(self) -> &'static str {
-        match self {
-            Self::Ingress => "tcx_ingress",
-            Self::Egress => "tcx_egress",
-        }
+/// `enum bpf_attach_type`.
+fn attach_type(direction: Direction) -> u32 {
+    match direction {
+        Direction::Ingress => 46,
+        Direction::Egress => 47,
     }
 }
 
-/// What [`attach`] did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Attached {
-    /// No program of this name was there.
-    New,
-    /// It took the place of one of the same name.
-    Replaced,
+/// The hook as bpftool names it.
+fn place(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "tcx_ingress",
+        Direction::Egress => "tcx_egress",
+    }
 }
 
 // BPF_F_*, include/uapi/linux/bpf.h.
@@ -85,7 +66,7 @@ pub fn attach(
     let mut attributes = ProgramAttach {
         target_ifindex: device,
         attach_bpf_fd: program.as_raw_fd() as u32,
-        attach_type: direction.attach_type(),
+        attach_type: attach_type(direction),
         attach_flags: BEFORE,
         ..ProgramAttach::default()
     };
@@ -113,7 +94,7 @@ pub fn detach(name: &str, device: u32, direction: Direction) -> Result<bool, Bpf
         let mut attributes = ProgramAttach {
             target_ifindex: device,
             attach_bpf_fd: program.fd.as_raw_fd() as u32,
-            attach_type: direction.attach_type(),
+            attach_type: attach_type(direction),
             ..ProgramAttach::default()
         };
         // SAFETY: the attributes hold no address.
@@ -136,13 +117,12 @@ pub fn programs(device: u32, direction: Direction) -> Result<Vec<AttachedProgram
         // SAFETY: the attributes hold no address, and the command opens an fd.
         match unsafe { bpf_open(&PROG_GET_FD_BY_ID, &mut attributes) } {
             Ok(fd) => {
-                use std::os::fd::AsFd;
                 programs.push(AttachedProgram { id, name: name_of(fd.as_fd())?, fd });
             }
             // Detached by somebody since we asked.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                let place = direction.place();
+                let place = place(direction);
                 return Err(BpfError::Unidentified { device, place, count: ids.len() });
             }
             Err(error) => {
@@ -157,7 +137,7 @@ fn program_ids(device: u32, direction: Direction) -> Result<Vec<u32>, BpfError> 
     let mut ids = vec![0_u32; MAX_PROGRAMS];
     let mut attributes = ProgramQuery {
         target_ifindex: device,
-        attach_type: direction.attach_type(),
+        attach_type: attach_type(direction),
         prog_ids: ids.as_mut_ptr() as u64,
         count: ids.len() as u32,
         ..ProgramQuery::default()
@@ -174,7 +154,7 @@ fn failed(action: &str, device: u32, direction: Direction, error: io::Error) -> 
     if error.raw_os_error() == Some(libc::EINVAL) {
         return BpfError::Unsupported { feature: "TCX", since: "Linux 6.6, CONFIG_NET_XGRESS" };
     }
-    BpfError::from_io(format!("{action} interface {device} at {}", direction.place()), error)
+    BpfError::from_io(format!("{action} interface {device} at {}", place(direction)), error)
 }
 
 /// The name a program was loaded with, as far as the kernel stores it.

@@ -1,0 +1,626 @@
+//! The daemon: start, follow the devices, answer signals, stop.
+//!
+//! Everything is checked before anything is changed, and what was changed is put
+//! back when a later step fails. Once forwarding, this thread only reacts: to
+//! signals, to netlink's news about devices, and once a minute to the clock, to
+//! fold the kernel's own counts into ours before they overflow.
+
+use crate::control::cli::{Config, LogFormat};
+use crate::control::host::{FoundPort, FoundUplink, Host, HostError};
+use crate::control::links::{LinkError, LinkEvent, LinkMonitor, LinkState};
+use crate::control::mapping::{DeviceKind, PortConfig, is_reserved};
+use crate::control::privileges::{self, MissingCapabilities};
+use crate::control::report::{PortReport, Report, SentReport, UnmappedReport, UplinkReport, port_state};
+use crate::control::{mtu, probe};
+use crate::dataplane::{Command, Departed, PortShared, UplinkShared, Worker, WorkerError, WorkerHandle};
+use crate::port::{Device, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
+use crate::switch::PortIndex;
+use crate::sys::bpf::{BpfError, UplinkFilter};
+use crate::sys::packet::{KernelCounter, PacketError};
+use crate::sys::tap::{self, TapError, TapOptions};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+const SIGNALS: Token = Token(0);
+const LINKS: Token = Token(1);
+const DEPARTURES: Duration = Duration::from_millis(200);
+/// The kernel's counters have 32 bits: 20 minutes at 3 million frames a second.
+const COUNT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The switch cannot start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// No such uplink.
+    #[error("--uplink {0}: no such network device: `ip link` lists them")]
+    NoUplink(String),
+    /// The uplink carries no Ethernet frames.
+    #[error("--uplink {0}: not an Ethernet device: name a NIC, bond or veth")]
+    UplinkNotEthernet(String),
+    /// A mapped device carries no Ethernet frames.
+    #[error("--map {0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
+    PortNotEthernet(String),
+    /// We would create a device with a name of libvirt's.
+    #[error(
+        "--map {0}: the device does not exist, and its name is reserved by libvirt \
+         (vnet*, vif*, macvtap*, macvlan*): choose another, or create=no if libvirt makes it"
+    )]
+    ReservedName(String),
+    /// An internal port's name is another device's.
+    #[error("--map internal:{0}: a device of that name exists and is no tap: choose another name")]
+    InternalTaken(String),
+    /// Capabilities are missing.
+    #[error(transparent)]
+    Capabilities(#[from] MissingCapabilities),
+    /// Devices cannot be followed or set.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A device cannot be made ready.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A tap cannot be made.
+    #[error("{name}: {source}")]
+    Tap {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: TapError,
+    },
+    /// BPF does not work.
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    /// A packet socket cannot be set up.
+    #[error("{name}: cannot {source}{}", packet_cure(source))]
+    Packet {
+        /// The device.
+        name: String,
+        /// The step and the kernel's answer.
+        source: PacketError,
+    },
+    /// No thread or descriptors.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// Signals or polling.
+    #[error("cannot set up the control loop: {0}")]
+    Control(#[from] io::Error),
+}
+
+impl StartError {
+    /// Whether the configuration is at fault: exit status 2.
+    pub fn is_configuration(&self) -> bool {
+        matches!(
+            self,
+            Self::NoUplink(_)
+                | Self::UplinkNotEthernet(_)
+                | Self::PortNotEthernet(_)
+                | Self::ReservedName(_)
+                | Self::InternalTaken(_)
+        )
+    }
+}
+
+fn packet_cure(error: &PacketError) -> &'static str {
+    use nix::errno::Errno;
+    match error.errno {
+        Errno::ENOMEM | Errno::ENOBUFS => {
+            ": the kernel refused the memory; free some, or raise the memory limit of the service"
+        }
+        Errno::EMFILE | Errno::ENFILE => ": raise the limit of open files (ulimit -n, LimitNOFILE=)",
+        Errno::EPERM => ": CAP_NET_RAW is missing",
+        Errno::ENOPROTOOPT | Errno::EINVAL => {
+            ": this kernel lacks the feature; vlanswitchd needs Linux 5.10 or newer with CONFIG_PACKET"
+        }
+        _ => "",
+    }
+}
+
+#[derive(Debug)]
+struct Port {
+    config: PortConfig,
+    shared: Arc<PortShared>,
+    attached: Option<Attached>,
+}
+
+/// A port's device while it is in the worker.
+#[derive(Debug)]
+struct Attached {
+    /// `None` for an internal port, which is ours wherever its netdev goes.
+    index: Option<u32>,
+    counter: Option<KernelCounter>,
+    found: Option<FoundPort>,
+}
+
+#[derive(Debug)]
+struct Uplink {
+    shared: Arc<UplinkShared>,
+    filter: UplinkFilter,
+    mtu: Option<u32>,
+    attached: Option<(u32, Option<KernelCounter>, FoundUplink)>,
+}
+
+/// The running switch.
+#[derive(Debug)]
+pub struct Daemon {
+    name: String,
+    log_format: LogFormat,
+    host: Host,
+    monitor: LinkMonitor,
+    uplink: Uplink,
+    ports: Vec<Port>,
+    worker: Option<WorkerHandle>,
+    /// Taps this run created: removed if it does not get as far as forwarding.
+    created: Vec<(String, u32)>,
+    poll: Poll,
+    signals: SignalFd,
+}
+
+impl Daemon {
+    /// Starts the switch: it forwards when this returns.
+    ///
+    /// # Errors
+    /// [`StartError`]; everything is then as it was before.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        privileges::check()?;
+        let signals = block_signals()?;
+        let monitor = LinkMonitor::new()?;
+        check_devices(&config, &monitor)?;
+        let probe = probe::start();
+        let filter = UplinkFilter::new()?;
+        for (tpid, vid) in config.table.claims() {
+            filter.claim(tpid.index(), vid.get(), true)?;
+        }
+        filter.claim_untagged(config.table.claims_untagged())?;
+        let uplink_mtu = uplink_mtu(&config, &monitor);
+        let uplink =
+            Uplink { shared: Arc::default(), filter, mtu: uplink_mtu, attached: None };
+        let ports: Vec<Port> = config
+            .ports
+            .into_iter()
+            .map(|config| Port { config, shared: Arc::default(), attached: None })
+            .collect();
+        let shared: Vec<_> = ports.iter().map(|port| Arc::clone(&port.shared)).collect();
+        let mut daemon = Self {
+            name: config.uplink,
+            log_format: config.log_format,
+            host: Host::new()?,
+            monitor,
+            uplink,
+            ports,
+            worker: None,
+            created: Vec::new(),
+            poll: Poll::new()?,
+            signals,
+        };
+        let abilities = probe.finish();
+        let table = Arc::new(config.table);
+        let uplink_shared = Arc::clone(&daemon.uplink.shared);
+        let (worker, commands, departed) =
+            Worker::new(table, uplink_shared, shared, abilities, config.poll)?;
+        daemon.worker = Some(worker.spawn(commands, departed)?);
+        match daemon.attach_all() {
+            Ok(()) => Ok(daemon),
+            Err(error) => {
+                daemon.stop();
+                daemon.remove_created();
+                Err(error)
+            }
+        }
+    }
+
+    /// Forwards until a signal says to stop. Gives `announce` the line that says
+    /// so, and `show` each report asked for, the last one included.
+    ///
+    /// # Errors
+    /// When the control loop itself fails.
+    pub fn run(mut self, announce: impl FnOnce(&str), mut show: impl FnMut(&str)) -> io::Result<()> {
+        announce(&self.banner());
+        let result = self.follow(&mut show);
+        self.stop();
+        show(&self.report());
+        result
+    }
+
+    fn banner(&self) -> String {
+        let ports = self.ports.len();
+        let plural = if ports == 1 { "" } else { "s" };
+        format!("forwarding: uplink {}, {ports} port{plural}, datapath packet", self.name)
+    }
+
+    fn follow(&mut self, show: &mut impl FnMut(&str)) -> io::Result<()> {
+        let mut events = Events::with_capacity(8);
+        loop {
+            match self.poll.poll(&mut events, Some(COUNT_INTERVAL)) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            self.count_overruns();
+            for event in &events {
+                match event.token() {
+                    SIGNALS => {
+                        while let Ok(Some(signal)) = self.signals.read_signal() {
+                            if signal.ssi_signo == Signal::SIGUSR1 as u32 {
+                                self.count_overruns();
+                                show(&self.report());
+                            } else {
+                                info!("stopping");
+                                return Ok(());
+                            }
+                        }
+                    }
+                    _ => self.follow_links(),
+                }
+            }
+        }
+    }
+
+    fn attach_all(&mut self) -> Result<(), StartError> {
+        let registry = self.poll.registry();
+        registry.register(&mut SourceFd(&self.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&self.monitor.as_raw_fd()), LINKS, Interest::READABLE)?;
+        for position in 0..self.ports.len() {
+            self.start_port(position)?;
+        }
+        // The uplink comes last, so that no frame meets a port not yet attached.
+        let name = self.name.clone();
+        if let Some(link) = self.monitor.links().by_name(&name).cloned() {
+            self.attach_uplink(&link)?;
+        }
+        // Carrier and state may have changed through what was set just now.
+        self.follow_links();
+        Ok(())
+    }
+
+    fn start_port(&mut self, position: PortIndex) -> Result<(), StartError> {
+        let Some(port) = self.ports.get(position) else { return Ok(()) };
+        let name = port.config.device.clone();
+        if port.config.kind == DeviceKind::Internal {
+            return self.attach_internal(position, &name);
+        }
+        if let Some(link) = self.monitor.links().by_name(&name).cloned() {
+            return self.attach_port(position, &link, false);
+        }
+        let DeviceKind::Netdev { create: Some(tap) } = &port.config.kind else {
+            info!("{name}: waiting for it to appear");
+            return Ok(());
+        };
+        let options = TapOptions {
+            name: name.clone(),
+            owner: tap.owner,
+            group: tap.group,
+            multi_queue: tap.queues > 1,
+            persistent: true,
+            vnet_header: true,
+        };
+        tap::create(&options).map_err(|source| StartError::Tap { name: name.clone(), source })?;
+        let index = nix::net::if_::if_nametoindex(name.as_str()).map_err(io::Error::from)?;
+        self.created.push((name.clone(), index));
+        debug!("{name}: created a tap");
+        let link = self.host.link(index)?;
+        self.attach_port(position, &link, true)
+    }
+
+    fn attach_internal(&mut self, position: PortIndex, name: &str) -> Result<(), StartError> {
+        let existed = self.monitor.links().by_name(name).is_some();
+        let options = TapOptions { vnet_header: true, persistent: true, ..TapOptions::new(name) };
+        let queue = tap::open_queue(&options)
+            .map_err(|source| StartError::Tap { name: name.to_owned(), source })?;
+        if !existed {
+            let index = nix::net::if_::if_nametoindex(name).map_err(io::Error::from)?;
+            self.created.push((name.to_owned(), index));
+        }
+        if let Some(port) = self.ports.get_mut(position) {
+            // Its netdev may live in another namespace: what it takes, it takes.
+            port.shared.link.set(DeviceState::Up, u32::MAX);
+            port.attached = Some(Attached { index: None, counter: None, found: None });
+        }
+        let device = Device::Internal(InternalPort::new(queue.fd));
+        self.command(Command::Attach(Some(position), Box::new(device)));
+        Ok(())
+    }
+
+    fn attach_port(&mut self, position: PortIndex, link: &LinkState, created: bool) -> Result<(), StartError> {
+        let found = self.host.prepare_port(link, created)?;
+        let opened = NetdevPort::open(link.index, NetdevOptions::Port)
+            .map_err(|source| StartError::Packet { name: link.name.clone(), source });
+        let device = match opened {
+            Ok(device) => Device::Netdev(device),
+            Err(error) => {
+                if let Some(found) = &found {
+                    self.host.give_port_back(found);
+                }
+                return Err(error);
+            }
+        };
+        let counter = device.kernel_counter()?;
+        let now = self.host.link(link.index).unwrap_or_else(|_| link.clone());
+        if let Some(port) = self.ports.get_mut(position) {
+            publish(&port.shared.link, Some(&now));
+            port.attached = Some(Attached { index: Some(link.index), counter, found });
+        }
+        self.command(Command::Attach(Some(position), Box::new(device)));
+        Ok(())
+    }
+
+    fn attach_uplink(&mut self, link: &LinkState) -> Result<(), StartError> {
+        let found = self.host.prepare_uplink(link, self.uplink.mtu)?;
+        let opened = NetdevPort::open(link.index, NetdevOptions::Uplink(&self.uplink.filter))
+            .map_err(|source| StartError::Packet { name: link.name.clone(), source });
+        let device = match opened {
+            Ok(device) => Device::Netdev(device),
+            Err(error) => {
+                self.host.give_uplink_back(&found);
+                return Err(error);
+            }
+        };
+        let counter = device.kernel_counter()?;
+        let now = self.host.link(link.index).unwrap_or_else(|_| link.clone());
+        publish(&self.uplink.shared.link, Some(&now));
+        if !now.up {
+            warn!("uplink {0} is down: `ip link set {0} up`", self.name);
+        }
+        self.uplink.attached = Some((link.index, counter, found));
+        self.command(Command::Attach(None, Box::new(device)));
+        Ok(())
+    }
+
+    fn command(&self, command: Command) {
+        if let Some(worker) = &self.worker {
+            worker.send(command);
+        }
+    }
+
+    /// Brings ports and uplink in line with what netlink tells.
+    fn follow_links(&mut self) {
+        let mut events = Vec::new();
+        if let Err(error) = self.monitor.read_events(|event| events.push(event)) {
+            warn!("{error}");
+        }
+        for event in events {
+            if let Some(old) = event.departed() {
+                self.device_left(old.index);
+            }
+            if let Some(new) = event.arrived() {
+                self.device_came(new);
+            }
+            if let LinkEvent::Changed { new, .. } = &event {
+                self.device_changed(new);
+            }
+        }
+    }
+
+    fn port_at(&mut self, index: u32) -> Option<(PortIndex, &mut Port)> {
+        self.ports.iter_mut().enumerate().find(|(_, port)| {
+            port.attached.as_ref().is_some_and(|attached| attached.index == Some(index))
+        })
+    }
+
+    fn device_left(&mut self, index: u32) {
+        if self.uplink.attached.as_ref().is_some_and(|(attached, ..)| *attached == index) {
+            warn!("uplink {} is gone: waiting for it to come back", self.name);
+            publish(&self.uplink.shared.link, None);
+            self.command(Command::Detach(None));
+            self.await_departure(None);
+            self.count_overruns();
+            self.uplink.attached = None;
+        } else if let Some((position, port)) = self.port_at(index) {
+            info!("{}: gone, waiting for it to come back", port.config.device);
+            publish(&port.shared.link, None);
+            self.command(Command::Detach(Some(position)));
+            self.await_departure(Some(position));
+            self.count_overruns();
+            if let Some(port) = self.ports.get_mut(position) {
+                port.attached = None;
+            }
+        }
+    }
+
+    /// Waits until the worker has given a device back, and closes it.
+    fn await_departure(&self, port: Option<PortIndex>) {
+        let Some(worker) = &self.worker else { return };
+        while let Ok(departed) = worker.departed.recv_timeout(DEPARTURES) {
+            report_departure(&departed);
+            if departed.port == port {
+                return;
+            }
+        }
+    }
+
+    fn device_came(&mut self, link: &LinkState) {
+        if link.name == self.name && self.uplink.attached.is_none() {
+            match self.attach_uplink(link) {
+                Ok(()) => info!("uplink {}: back", self.name),
+                Err(error) => warn!("uplink {}: cannot attach: {error}", self.name),
+            }
+            return;
+        }
+        let waiting = self.ports.iter().position(|port| {
+            port.config.device == link.name && port.attached.is_none()
+        });
+        if let Some(position) = waiting {
+            match self.attach_port(position, link, false) {
+                Ok(()) => info!("{}: attached", link.name),
+                Err(StartError::Host(error)) if error.is_device_gone() => {}
+                Err(error) => warn!("{}: cannot attach: {error}", link.name),
+            }
+        }
+    }
+
+    fn device_changed(&mut self, link: &LinkState) {
+        if self.uplink.attached.as_ref().is_some_and(|(index, ..)| *index == link.index) {
+            announce_change(&format!("uplink {}", link.name), &self.uplink.shared.link, link);
+            publish(&self.uplink.shared.link, Some(link));
+        } else if let Some((_, port)) = self.port_at(link.index) {
+            announce_change(&link.name, &port.shared.link, link);
+            publish(&port.shared.link, Some(link));
+        }
+    }
+
+    fn count_overruns(&self) {
+        if let Some((_, Some(counter), _)) = &self.uplink.attached {
+            self.uplink.shared.from_wire.add_overruns(counter.take().overruns);
+        }
+        for port in &self.ports {
+            if let Some(counter) = port.attached.as_ref().and_then(|attached| attached.counter.as_ref()) {
+                port.shared.from_guest.add_overruns(counter.take().overruns);
+            }
+        }
+    }
+
+    /// Stops the worker and puts back what the kernel does not undo itself.
+    fn stop(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            for departed in worker.finish() {
+                report_departure(&departed);
+            }
+        }
+        self.count_overruns();
+        for port in &mut self.ports {
+            if let Some(Attached { found: Some(found), .. }) = port.attached.take() {
+                self.host.give_port_back(&found);
+            }
+        }
+        if let Some((_, _, found)) = self.uplink.attached.take() {
+            self.host.give_uplink_back(&found);
+        }
+    }
+
+    fn remove_created(&mut self) {
+        for (name, index) in std::mem::take(&mut self.created) {
+            self.host.delete(&name, index);
+        }
+    }
+
+    fn report(&self) -> String {
+        let ports: Vec<PortReport> = self
+            .ports
+            .iter()
+            .map(|port| PortReport {
+                name: port.config.device.clone(),
+                vlans: port.config.membership.vlans().to_string(),
+                mode: port.config.membership.mode().name(),
+                state: port_state(port.shared.link.state()),
+                from_guest: port.shared.from_guest.snapshot().into(),
+                to_guest: port.shared.to_guest.snapshot().into(),
+            })
+            .collect();
+        let to_wire = SentReport {
+            out_frames: ports.iter().map(|port| port.from_guest.out_frames).sum(),
+            out_bytes: ports.iter().map(|port| port.from_guest.out_bytes).sum(),
+        };
+        let uplink = UplinkReport {
+            name: self.name.clone(),
+            state: self.uplink.shared.link.state().name(),
+            from_wire: self.uplink.shared.from_wire.snapshot().into(),
+            to_wire,
+        };
+        let unmapped = match self.uplink.filter.seen() {
+            Ok(rows) => rows.map(UnmappedReport::new).collect(),
+            Err(error) => {
+                warn!("{error}");
+                Vec::new()
+            }
+        };
+        let report = Report::new(uplink, ports, unmapped);
+        match self.log_format {
+            LogFormat::Text => report.to_text(),
+            LogFormat::Json => report.to_json() + "\n",
+        }
+    }
+}
+
+fn block_signals() -> Result<SignalFd, io::Error> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
+        set.add(signal);
+    }
+    // Before any thread starts: they inherit the mask.
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
+}
+
+fn check_devices(config: &Config, monitor: &LinkMonitor) -> Result<(), StartError> {
+    let links = monitor.links();
+    let uplink = links.by_name(&config.uplink).ok_or_else(|| StartError::NoUplink(config.uplink.clone()))?;
+    if !uplink.is_ethernet {
+        return Err(StartError::UplinkNotEthernet(config.uplink.clone()));
+    }
+    for port in &config.ports {
+        let name = port.device.clone();
+        let internal = port.kind == DeviceKind::Internal;
+        match (links.by_name(&name), &port.kind) {
+            (Some(link), _) if !link.is_ethernet => return Err(StartError::PortNotEthernet(name)),
+            (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
+                return Err(StartError::InternalTaken(name));
+            }
+            (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) }) if is_reserved(&name) => {
+                return Err(StartError::ReservedName(name));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Says what MTU the uplink needs; returns it if it is to be set.
+fn uplink_mtu(config: &Config, monitor: &LinkMonitor) -> Option<u32> {
+    const USUAL_GUEST_MTU: u32 = 1500;
+    let uplink = monitor.links().by_name(&config.uplink)?;
+    let guest_mtu = config.set_uplink_mtu.unwrap_or(USUAL_GUEST_MTU);
+    let needs = || config.ports.iter().map(|port| mtu::for_port(&port.membership, guest_mtu));
+    let required = needs().map(|need| need.required).max()?;
+    let with_guest_tag = needs().map(|need| need.with_guest_tag).max()?;
+    let name = &config.uplink;
+    if config.set_uplink_mtu.is_some() {
+        if with_guest_tag > uplink.mtu {
+            info!("uplink {name}: raising its MTU from {} to {with_guest_tag}, for guests with MTU {guest_mtu}", uplink.mtu);
+        }
+        return Some(with_guest_tag);
+    }
+    if required > uplink.mtu {
+        warn!(
+            "uplink {name}: its MTU of {} is too small for full-size frames of guests with MTU {guest_mtu} \
+             behind the configured tags: it takes {required}; use --set-uplink-mtu, or \
+             `ip link set {name} mtu {required}`",
+            uplink.mtu
+        );
+    } else if with_guest_tag > uplink.mtu {
+        info!(
+            "uplink {name}: guests with MTU {guest_mtu} that add VLAN tags of their own need an uplink MTU \
+             of {with_guest_tag} (now {}): --set-uplink-mtu",
+            uplink.mtu
+        );
+    }
+    None
+}
+
+fn publish(place: &Link, link: Option<&LinkState>) {
+    let state = match link {
+        None => DeviceState::Absent,
+        Some(link) if !link.up => DeviceState::Down,
+        Some(link) if !link.carrier => DeviceState::NoCarrier,
+        Some(_) => DeviceState::Up,
+    };
+    place.set(state, link.map_or(u32::MAX, |link| link.mtu));
+}
+
+fn announce_change(name: &str, before: &Link, link: &LinkState) {
+    let old = before.state();
+    let scratch = Link::default();
+    publish(&scratch, Some(link));
+    if scratch.state() != old {
+        info!("{name}: {}", scratch.state().name());
+    }
+}
+
+fn report_departure(departed: &Departed) {
+    if let Some(error) = &departed.error {
+        warn!("a device could not be polled: {error}");
+    }
+}

@@ -1,0 +1,255 @@
+//! Making a device fit to be a port, and giving it back as it was.
+//!
+//! A guest's frames must never reach the host's IP stack, so a port is *sealed*
+//! before anything else: a program at tc ingress drops everything, behind
+//! AF_PACKET, which still sees every frame. Then the host is kept quiet on the
+//! device (no ARP, no IPv6), a tap gets an MTU that never limits what we send (its
+//! guest does not see it) and no queueing discipline, so that a full guest queue is
+//! told to us instead of dropping in silence; then it goes up.
+//!
+//! What vlanswitchd created stays as it is when it stops, sealed: a VM may be
+//! attached to it. Devices it found are given back as they were. Created taps carry
+//! an alias by which a later run knows them.
+
+use crate::control::links::{
+    LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, disable_ipv6, restore_ipv6,
+};
+use crate::sys::bpf::{
+    self, AssemblyError, BpfError, Direction, ProgramKind, attach_tc, detach_tc, seal_program,
+};
+use crate::sys::ethtool::{self, EthtoolError, Features};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use thiserror::Error;
+use tracing::{debug, warn};
+
+/// The alias of taps we created.
+pub const OUR_ALIAS: &str = "vlanswitchd";
+/// What `ip link` calls the driver of taps.
+const TAP_KIND: &str = "tun";
+/// The largest MTU a tap takes (`tun_net_init`: 65535 less the Ethernet header).
+const TAP_MTU: u32 = 65521;
+/// Name of the program that seals a device.
+const SEAL_NAME: &str = "vlansw_seal";
+/// Features of an uplink that lose frames: LRO merges what cannot be split again,
+/// and a VLAN filter drops VLANs that have no VLAN device.
+const HARMFUL_FEATURES: [&str; 2] = ["large-receive-offload", "rx-vlan-filter"];
+
+/// A device could not be made ready.
+#[derive(Debug, Error)]
+pub enum HostError {
+    /// The kernel would not configure it.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The kernel would not seal it.
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    /// A fault in the seal's program.
+    #[error(transparent)]
+    Assembly(#[from] AssemblyError),
+}
+
+impl HostError {
+    /// Whether the device went away meanwhile.
+    pub fn is_device_gone(&self) -> bool {
+        match self {
+            Self::Link(error) => error.is_device_gone(),
+            Self::Bpf(error) => error.raw_os_error() == Some(libc::ENODEV),
+            Self::Assembly(_) => false,
+        }
+    }
+}
+
+/// What to put back when a device we found is no longer a port.
+#[derive(Debug)]
+pub struct FoundPort {
+    index: u32,
+    name: String,
+    up: bool,
+    mtu: u32,
+    tap: bool,
+    queueing: bool,
+    ipv6: PreviousIpv6,
+}
+
+/// What to put back when the uplink is no longer one.
+#[derive(Debug)]
+pub struct FoundUplink {
+    index: u32,
+    name: String,
+    mtu: Option<u32>,
+    features: Vec<&'static str>,
+}
+
+/// The host's devices.
+#[derive(Debug)]
+pub struct Host {
+    links: LinkSocket,
+    seal: OwnedFd,
+}
+
+impl Host {
+    /// Loads the seal.
+    ///
+    /// # Errors
+    /// [`HostError`] without capabilities or BPF.
+    pub fn new() -> Result<Self, HostError> {
+        let seal = bpf::load(ProgramKind::SchedCls, SEAL_NAME, &seal_program()?)?;
+        Ok(Self { links: LinkSocket::new()?, seal })
+    }
+
+    /// Makes a device a port. Returns what to put back, unless it is ours.
+    ///
+    /// # Errors
+    /// [`HostError`]; what was set until then is put back.
+    pub fn prepare_port(&mut self, link: &LinkState, created: bool) -> Result<Option<FoundPort>, HostError> {
+        self.warn_about(link);
+        attach_tc(self.seal.as_fd(), SEAL_NAME, link.index, Direction::Ingress)?;
+        let tap = link.kind.as_deref() == Some(TAP_KIND);
+        let ours = created || link.alias.as_deref() == Some(OUR_ALIAS);
+        let mut found = FoundPort {
+            index: link.index,
+            name: link.name.clone(),
+            up: link.up,
+            mtu: link.mtu,
+            tap,
+            queueing: false,
+            ipv6: PreviousIpv6::Absent,
+        };
+        match self.silence(&mut found, ours) {
+            Ok(()) if ours => Ok(None),
+            Ok(()) => Ok(Some(found)),
+            Err(error) => {
+                self.give_port_back(&found);
+                Err(error)
+            }
+        }
+    }
+
+    fn silence(&mut self, found: &mut FoundPort, ours: bool) -> Result<(), HostError> {
+        match disable_ipv6(&found.name) {
+            Ok(previous) => found.ipv6 = previous,
+            // A read-only /proc/sys: the seal alone keeps frames out, and the host
+            // may be heard by the guest.
+            Err(error) => warn!("{error}"),
+        }
+        if found.tap {
+            found.queueing = self.links.root_qdisc_kind(found.index)?.is_some_and(|kind| kind != "noqueue");
+            self.links.set_root_qdisc_noqueue(found.index)?;
+        }
+        let settings = LinkSettings {
+            up: Some(true),
+            mtu: found.tap.then_some(TAP_MTU),
+            noarp: Some(true),
+            alias: ours.then(|| OUR_ALIAS.to_owned()),
+            addr_gen_none: ours,
+            ..LinkSettings::default()
+        };
+        self.links.configure(found.index, &settings)?;
+        Ok(())
+    }
+
+    /// Gives a device back as it was found.
+    pub fn give_port_back(&mut self, found: &FoundPort) {
+        let tell = |result: Result<(), HostError>| match result {
+            Err(error) if !error.is_device_gone() => warn!("giving {} back: {error}", found.name),
+            _ => debug!("gave {} back", found.name),
+        };
+        let settings = LinkSettings {
+            up: (!found.up).then_some(false),
+            mtu: found.tap.then_some(found.mtu),
+            noarp: Some(false),
+            ..LinkSettings::default()
+        };
+        tell(self.links.configure(found.index, &settings).map_err(HostError::from));
+        if found.queueing {
+            tell(self.links.delete_root_qdisc(found.index).map_err(HostError::from));
+        }
+        tell(restore_ipv6(&found.name, found.ipv6).map_err(HostError::from));
+        // Last, so that the host hears nothing while the rest is put back.
+        tell(detach_tc(SEAL_NAME, found.index, Direction::Ingress).map(drop).map_err(HostError::from));
+    }
+
+    /// Switches off what loses frames on the uplink and raises its MTU if need be.
+    pub fn prepare_uplink(&mut self, link: &LinkState, mtu: Option<u32>) -> Result<FoundUplink, HostError> {
+        let mut found =
+            FoundUplink { index: link.index, name: link.name.clone(), mtu: None, features: Vec::new() };
+        if let Err(error) = disarm(&mut found) {
+            warn!("{error}");
+        }
+        if let Some(mtu) = mtu.filter(|mtu| *mtu > link.mtu) {
+            self.links.set_mtu(link.index, mtu)?;
+            found.mtu = Some(link.mtu);
+        }
+        Ok(found)
+    }
+
+    /// Puts the uplink's features and MTU back.
+    pub fn give_uplink_back(&mut self, found: &FoundUplink) {
+        for feature in &found.features {
+            if let Err(error) = ethtool::set(&found.name, feature, true) {
+                warn!("giving {} back: {error}", found.name);
+            }
+        }
+        if let Some(mtu) = found.mtu
+            && let Err(error) = self.links.set_mtu(found.index, mtu)
+            && !error.is_device_gone()
+        {
+            warn!("giving {} back: {error}", found.name);
+        }
+    }
+
+    /// Removes a device we created.
+    pub fn delete(&mut self, name: &str, index: u32) {
+        if let Err(error) = self.links.delete_link(index)
+            && !error.is_device_gone()
+        {
+            warn!("removing {name}: {error}");
+        }
+    }
+
+    /// Asks the kernel for one device.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn link(&mut self, index: u32) -> Result<LinkState, LinkError> {
+        self.links.link(index)
+    }
+
+    fn warn_about(&mut self, link: &LinkState) {
+        let name = &link.name;
+        if link.master.is_some() {
+            warn!("{name} is in a bridge or bond, which no longer gets its frames: `ip link set {name} nomaster`");
+        }
+        let addresses: Vec<String> = self
+            .links
+            .addresses(link.index)
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|address| !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()))
+            .map(|address| address.to_string())
+            .collect();
+        if !addresses.is_empty() {
+            warn!(
+                "{name} has host addresses ({}), which no longer work: the host is sealed off; \
+                 `ip address flush dev {name}`, or map internal:NAME for a host leg",
+                addresses.join(", ")
+            );
+        }
+    }
+}
+
+fn disarm(found: &mut FoundUplink) -> Result<(), EthtoolError> {
+    let features = Features::read(&found.name)?;
+    for name in HARMFUL_FEATURES {
+        let Some(state) = features.state(name).filter(|state| state.active) else { continue };
+        if state.changeable {
+            ethtool::set(&found.name, name, false)?;
+            debug!("{}: switched {name} off", found.name);
+            found.features.push(name);
+        } else {
+            warn!("{}: {name} is on and cannot be switched off: it may lose frames", found.name);
+        }
+    }
+    Ok(())
+}
