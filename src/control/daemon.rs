@@ -128,6 +128,13 @@ struct Port {
     attached: Option<Attached>,
 }
 
+/// A port's device, made ready and not yet opened.
+#[derive(Debug)]
+struct Prepared {
+    position: PortIndex,
+    link: LinkState,
+}
+
 /// A port's device while it is in the worker.
 #[derive(Debug)]
 struct Attached {
@@ -264,12 +271,27 @@ impl Daemon {
         let registry = self.poll.registry();
         registry.register(&mut SourceFd(&self.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         registry.register(&mut SourceFd(&self.monitor.as_raw_fd()), LINKS, Interest::READABLE)?;
+        self.create_taps()?;
+        let mut prepared = Vec::with_capacity(self.ports.len());
         for position in 0..self.ports.len() {
-            self.start_port(position)?;
+            prepared.extend(self.start_port(position)?);
+        }
+        // In a pass of their own: a tap going up without a VMM keeps the kernel's
+        // device lock busy for milliseconds (`linkwatch_do_dev`), and every request
+        // between two of them would wait for it.
+        for Prepared { link, .. } in &prepared {
+            self.host.bring_up(link.index)?;
+        }
+        let uplink = self.monitor.links().by_name(&self.name).cloned();
+        let opened = in_parallel(prepared, |prepared| {
+            let device = open(&prepared.link, NetdevOptions::Port);
+            (prepared, device)
+        });
+        for (prepared, device) in opened {
+            self.attach_port(prepared, device)?;
         }
         // The uplink comes last, so that no frame meets a port not yet attached.
-        let name = self.name.clone();
-        if let Some(link) = self.monitor.links().by_name(&name).cloned() {
+        if let Some(link) = uplink {
             self.attach_uplink(&link)?;
         }
         // Carrier and state may have changed through what was set just now.
@@ -277,33 +299,72 @@ impl Daemon {
         Ok(())
     }
 
-    fn start_port(&mut self, position: PortIndex) -> Result<(), StartError> {
-        let Some(port) = self.ports.get(position) else { return Ok(()) };
+    /// Creates the taps that are missing, all at once.
+    fn create_taps(&mut self) -> Result<(), StartError> {
+        let missing = self.ports.iter().filter_map(|port| {
+            let DeviceKind::Netdev { create: Some(tap) } = &port.config.kind else { return None };
+            let name = &port.config.device;
+            self.monitor.links().by_name(name).is_none().then(|| TapOptions {
+                owner: tap.owner,
+                group: tap.group,
+                multi_queue: tap.queues > 1,
+                persistent: true,
+                vnet_header: true,
+                ..TapOptions::new(name.clone())
+            })
+        });
+        let created = in_parallel(missing.collect(), |options| {
+            let name = options.name.clone();
+            let created = tap::create(&options).map(|()| nix::net::if_::if_nametoindex(name.as_str()));
+            (name, created)
+        });
+        let mut result = Ok(());
+        for (name, created) in created {
+            match created {
+                Ok(index) => {
+                    debug!("{name}: created a tap");
+                    self.created.push((name, index.map_err(io::Error::from)?));
+                }
+                Err(source) => result = Err(StartError::Tap { name, source }),
+            }
+        }
+        result
+    }
+
+    /// Sees to the port's device; returns it if it is there and to be opened.
+    fn start_port(&mut self, position: PortIndex) -> Result<Option<Prepared>, StartError> {
+        let Some(port) = self.ports.get(position) else { return Ok(None) };
         let name = port.config.device.clone();
         if port.config.kind == DeviceKind::Internal {
-            return self.attach_internal(position, &name);
+            self.attach_internal(position, &name)?;
+            return Ok(None);
         }
-        if let Some(link) = self.monitor.links().by_name(&name).cloned() {
-            return self.attach_port(position, &link, false);
+        let created = self.created.iter().find(|(created, _)| *created == name).map(|(_, index)| *index);
+        let link = match created {
+            Some(index) => Some(self.host.link(index)?),
+            None => self.monitor.links().by_name(&name).cloned(),
+        };
+        match link {
+            Some(link) => self.prepare_port(position, link, created.is_some()).map(Some),
+            None => {
+                info!("{name}: waiting for it to appear");
+                Ok(None)
+            }
         }
-        let DeviceKind::Netdev { create: Some(tap) } = &port.config.kind else {
-            info!("{name}: waiting for it to appear");
-            return Ok(());
-        };
-        let options = TapOptions {
-            name: name.clone(),
-            owner: tap.owner,
-            group: tap.group,
-            multi_queue: tap.queues > 1,
-            persistent: true,
-            vnet_header: true,
-        };
-        tap::create(&options).map_err(|source| StartError::Tap { name: name.clone(), source })?;
-        let index = nix::net::if_::if_nametoindex(name.as_str()).map_err(io::Error::from)?;
-        self.created.push((name.clone(), index));
-        debug!("{name}: created a tap");
-        let link = self.host.link(index)?;
-        self.attach_port(position, &link, true)
+    }
+
+    fn prepare_port(
+        &mut self,
+        position: PortIndex,
+        link: LinkState,
+        created: bool,
+    ) -> Result<Prepared, StartError> {
+        let found = self.host.prepare_port(&link, created)?;
+        if let Some(port) = self.ports.get_mut(position) {
+            // Held here from now on, so that it is given back whatever happens next.
+            port.attached = Some(Attached { index: Some(link.index), counter: None, found });
+        }
+        Ok(Prepared { position, link })
     }
 
     fn attach_internal(&mut self, position: PortIndex, name: &str) -> Result<(), StartError> {
@@ -325,35 +386,43 @@ impl Daemon {
         Ok(())
     }
 
-    fn attach_port(&mut self, position: PortIndex, link: &LinkState, created: bool) -> Result<(), StartError> {
-        let found = self.host.prepare_port(link, created)?;
-        let opened = NetdevPort::open(link.index, NetdevOptions::Port)
-            .map_err(|source| StartError::Packet { name: link.name.clone(), source });
-        let device = match opened {
-            Ok(device) => Device::Netdev(device),
-            Err(error) => {
-                if let Some(found) = &found {
-                    self.host.give_port_back(found);
-                }
-                return Err(error);
-            }
-        };
+    fn attach_port(
+        &mut self,
+        Prepared { position, link }: Prepared,
+        device: Result<Device, StartError>,
+    ) -> Result<(), StartError> {
+        let device = device?;
         let counter = device.kernel_counter()?;
-        let now = self.host.link(link.index).unwrap_or_else(|_| link.clone());
+        let now = self.host.link(link.index).unwrap_or(link);
         if let Some(port) = self.ports.get_mut(position) {
             publish(&port.shared.link, Some(&now));
-            port.attached = Some(Attached { index: Some(link.index), counter, found });
+            if let Some(attached) = &mut port.attached {
+                attached.counter = counter;
+            }
         }
         self.command(Command::Attach(Some(position), Box::new(device)));
         Ok(())
     }
 
+    /// Attaches a device that has just appeared.
+    fn adopt(&mut self, position: PortIndex, link: &LinkState) -> Result<(), StartError> {
+        let prepared = self.prepare_port(position, link.clone(), false)?;
+        self.host.bring_up(link.index)?;
+        let device = open(link, NetdevOptions::Port);
+        let result = self.attach_port(prepared, device);
+        if result.is_err()
+            && let Some(Attached { found: Some(found), .. }) =
+                self.ports.get_mut(position).and_then(|port| port.attached.take())
+        {
+            self.host.give_port_back(&found);
+        }
+        result
+    }
+
     fn attach_uplink(&mut self, link: &LinkState) -> Result<(), StartError> {
         let found = self.host.prepare_uplink(link, self.uplink.mtu)?;
-        let opened = NetdevPort::open(link.index, NetdevOptions::Uplink(&self.uplink.filter))
-            .map_err(|source| StartError::Packet { name: link.name.clone(), source });
-        let device = match opened {
-            Ok(device) => Device::Netdev(device),
+        let device = match open(link, NetdevOptions::Uplink(&self.uplink.filter)) {
+            Ok(device) => device,
             Err(error) => {
                 self.host.give_uplink_back(&found);
                 return Err(error);
@@ -444,7 +513,7 @@ impl Daemon {
             port.config.device == link.name && port.attached.is_none()
         });
         if let Some(position) = waiting {
-            match self.attach_port(position, link, false) {
+            match self.adopt(position, link) {
                 Ok(()) => info!("{}: attached", link.name),
                 Err(StartError::Host(error)) if error.is_device_gone() => {}
                 Err(error) => warn!("{}: cannot attach: {error}", link.name),
@@ -475,18 +544,16 @@ impl Daemon {
 
     /// Stops the worker and puts back what the kernel does not undo itself.
     fn stop(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            for departed in worker.finish() {
-                report_departure(&departed);
-            }
-        }
+        let departed = self.worker.take().map(WorkerHandle::finish).unwrap_or_default();
         self.count_overruns();
-        for port in &mut self.ports {
-            if let Some(Attached { found: Some(found), .. }) = port.attached.take() {
-                self.host.give_port_back(&found);
-            }
+        let ports = self.ports.iter_mut().filter_map(|port| port.attached.take()?.found);
+        let ports: Vec<FoundPort> = ports.collect();
+        let uplink = self.uplink.attached.take().map(|(_, _, found)| found);
+        in_parallel(departed, drop);
+        for found in ports {
+            self.host.give_port_back(&found);
         }
-        if let Some((_, _, found)) = self.uplink.attached.take() {
+        if let Some(found) = uplink {
             self.host.give_uplink_back(&found);
         }
     }
@@ -533,6 +600,38 @@ impl Daemon {
             LogFormat::Json => report.to_json() + "\n",
         }
     }
+}
+
+fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartError> {
+    NetdevPort::open(link.index, options)
+        .map(Device::Netdev)
+        .map_err(|source| StartError::Packet { name: link.name.clone(), source })
+}
+
+/// Does something with all items at once. Opening and closing packet sockets is
+/// waiting for the kernel's RCU grace periods (`synchronize_net` in
+/// `net/packet/af_packet.c`, 10-20 ms each), which all who wait together share.
+fn in_parallel<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync) -> Vec<R> {
+    const THREADS_MAX: usize = 64;
+    if items.len() < 2 {
+        return items.into_iter().map(f).collect();
+    }
+    let per_thread = items.len().div_ceil(THREADS_MAX);
+    let mut items = items.into_iter();
+    let chunks = std::iter::from_fn(|| {
+        let chunk: Vec<T> = items.by_ref().take(per_thread).collect();
+        (!chunk.is_empty()).then_some(chunk)
+    });
+    std::thread::scope(|scope| {
+        let f = &f;
+        let threads: Vec<_> = chunks
+            .map(|chunk| scope.spawn(move || chunk.into_iter().map(f).collect::<Vec<R>>()))
+            .collect();
+        let results = threads.into_iter().map(|thread| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        results.flatten().collect()
+    })
 }
 
 fn block_signals() -> Result<SignalFd, io::Error> {

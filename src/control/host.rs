@@ -98,7 +98,8 @@ impl Host {
         Ok(Self { links: LinkSocket::new()?, seal })
     }
 
-    /// Makes a device a port. Returns what to put back, unless it is ours.
+    /// Makes a device a port, all but up. Returns what to put back, unless it is
+    /// ours.
     ///
     /// # Errors
     /// [`HostError`]; what was set until then is put back.
@@ -138,7 +139,6 @@ impl Host {
             self.links.set_root_qdisc_noqueue(found.index)?;
         }
         let settings = LinkSettings {
-            up: Some(true),
             mtu: found.tap.then_some(TAP_MTU),
             noarp: Some(true),
             alias: ours.then(|| OUR_ALIAS.to_owned()),
@@ -147,6 +147,14 @@ impl Host {
         };
         self.links.configure(found.index, &settings)?;
         Ok(())
+    }
+
+    /// Brings a prepared device up.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn bring_up(&mut self, index: u32) -> Result<(), HostError> {
+        Ok(self.links.set_up(index)?)
     }
 
     /// Gives a device back as it was found.
