@@ -13,7 +13,7 @@ use crate::control::privileges::{self, MissingCapabilities};
 use crate::control::report::{PortReport, Report, SentReport, UnmappedReport, UplinkReport, port_state};
 use crate::control::{mtu, probe};
 use crate::dataplane::{Command, Departed, PortShared, UplinkShared, Worker, WorkerError, WorkerHandle};
-use crate::port::{Device, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
+use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
 use crate::switch::PortIndex;
 use crate::sys::bpf::{BpfError, UplinkFilter};
 use crate::sys::packet::{KernelCounter, PacketError};
@@ -549,7 +549,8 @@ impl Daemon {
         let ports = self.ports.iter_mut().filter_map(|port| port.attached.take()?.found);
         let ports: Vec<FoundPort> = ports.collect();
         let uplink = self.uplink.attached.take().map(|(_, _, found)| found);
-        in_parallel(departed, drop);
+        let parts = departed.into_iter().flat_map(|departed| departed.device.into_parts());
+        in_parallel(parts.collect(), drop::<DevicePart>);
         for found in ports {
             self.host.give_port_back(&found);
         }
@@ -612,7 +613,7 @@ fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartErr
 /// waiting for the kernel's RCU grace periods (`synchronize_net` in
 /// `net/packet/af_packet.c`, 10-20 ms each), which all who wait together share.
 fn in_parallel<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync) -> Vec<R> {
-    const THREADS_MAX: usize = 64;
+    const THREADS_MAX: usize = 256;
     if items.len() < 2 {
         return items.into_iter().map(f).collect();
     }

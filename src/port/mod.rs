@@ -12,7 +12,7 @@ pub use internal::InternalPort;
 pub use memory::MemoryPort;
 pub use netdev::{NetdevOptions, NetdevPort};
 
-use crate::sys::packet::{Burst, CopyPool, KernelCounter, SendSpace};
+use crate::sys::packet::{Burst, CopyPool, KernelCounter, Receiver, SendSpace, Transmitter};
 use nix::errno::Errno;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -108,6 +108,16 @@ impl Device {
         }
     }
 
+    /// The parts that take the kernel time to close, to be dropped side by side.
+    pub fn into_parts(self) -> [DevicePart; 2] {
+        match self {
+            Self::Netdev(port) => {
+                [DevicePart::Receiver(port.receiver), DevicePart::Transmitter(port.transmitter)]
+            }
+            whole => [DevicePart::Whole(whole), DevicePart::Nothing],
+        }
+    }
+
     /// A handle to the kernel's own counts of received frames, where it keeps any.
     ///
     /// # Errors
@@ -118,6 +128,19 @@ impl Device {
             Self::Internal(_) | Self::Memory(_) => Ok(None),
         }
     }
+}
+
+/// A part of a device, on its way to being closed.
+#[derive(Debug)]
+pub enum DevicePart {
+    /// A packet socket with its ring.
+    Receiver(Receiver),
+    /// A sending packet socket.
+    Transmitter(Transmitter),
+    /// A device of one piece.
+    Whole(Device),
+    /// What a device of one piece has no use for.
+    Nothing,
 }
 
 /// State of a device as netlink tells it.

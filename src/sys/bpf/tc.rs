@@ -31,9 +31,13 @@ pub enum Method {
     Clsact,
 }
 
-/// Attaches `program`, loaded as `name`, to interface `device`: by TCX, or by
-/// clsact where the kernel has no TCX or we may not see what is attached by TCX.
-/// It stays until [`detach_tc`] or until the device goes.
+/// Attaches `program`, loaded as `name`, to interface `device`: by clsact, or by TCX
+/// where the kernel has no cls_bpf. It stays until [`detach_tc`] or until the device
+/// goes.
+///
+/// Clsact first, because attaching by TCX waits for an RCU grace period under the
+/// kernel's device lock (docs/adr/0002-seal-by-clsact.md has the figures), and
+/// because everybody may see with `tc filter show` what is attached.
 ///
 /// # Errors
 /// Both methods failed: the error of the second.
@@ -43,11 +47,11 @@ pub fn attach_tc(
     device: u32,
     direction: Direction,
 ) -> Result<(Method, Attached), BpfError> {
-    match tcx::attach(program, device, direction) {
-        Ok(attached) => Ok((Method::Tcx, attached)),
-        Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => {
-            let attached = clsact::attach(program, name, device, direction)?;
-            Ok((Method::Clsact, attached))
+    match clsact::attach(program, name, device, direction) {
+        Ok(attached) => Ok((Method::Clsact, attached)),
+        Err(BpfError::Unsupported { .. }) => {
+            let attached = tcx::attach(program, device, direction)?;
+            Ok((Method::Tcx, attached))
         }
         Err(error) => Err(error),
     }
@@ -62,7 +66,7 @@ pub fn detach_tc(name: &str, device: u32, direction: Direction) -> Result<bool, 
     let by_clsact = clsact::detach(name, device, direction)?;
     match tcx::detach(name, device, direction) {
         Ok(by_tcx) => Ok(by_clsact || by_tcx),
-        Err(BpfError::Unsupported { .. }) => Ok(by_clsact),
+        Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => Ok(by_clsact),
         Err(error) => Err(error),
     }
 }
