@@ -104,7 +104,7 @@ mod tests {
     fn names_that_mean_the_whole_host_are_refused() {
         for name in ["all", "default", "..", "a/b", ""] {
             assert!(
-                matches!(disable_ipv6(name), Err(LinkError::BadValue { .. })),
+                matches!(setting(name), Err(LinkError::BadValue { .. })),
                 "{name:?} was accepted"
             );
         }

@@ -36,8 +36,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const DATAGRAM_CAPACITY: usize = 64 * 1024;
 /// Dumps tried until one was not disturbed by devices coming and going.
 const DUMP_ATTEMPTS: u32 = 8;
-/// Longest device description in bytes (`IFALIASZ` - 1, include/uapi/linux/if.h).
-const ALIAS_MAX_LEN: usize = 255;
+/// Longest device description in bytes: the kernel takes less than `IFALIASZ`
+/// (256, include/uapi/linux/if.h), and counts the NUL the encoder adds.
+const ALIAS_MAX_LEN: usize = 254;
 /// `IN6_ADDR_GEN_MODE_NONE` (include/uapi/linux/if_link.h): the kernel makes no
 /// link-local address.
 const ADDR_GEN_MODE_NONE: u8 = 1;
@@ -51,7 +52,7 @@ pub struct LinkSettings {
     pub mtu: Option<u32>,
     /// No ARP and no neighbour discovery by the host on this device (`IFF_NOARP`).
     pub noarp: Option<bool>,
-    /// A description, at most 255 bytes; empty removes it.
+    /// A description, at most 254 bytes; empty removes it.
     pub alias: Option<String>,
     /// Length of the transmit queue in frames; for a tap, of the ring its guest
     /// reads from.

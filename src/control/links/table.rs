@@ -33,7 +33,9 @@ pub struct LinkState {
     pub master: Option<u32>,
     /// Frames carry Ethernet headers (`ARPHRD_ETHER`).
     pub is_ethernet: bool,
-    /// The description an administrator gave the device.
+    /// The description an administrator gave the device. The kernel does not
+    /// notify of its change while the device is down (`netdev_state_change`,
+    /// net/core/dev.c); the next notification brings it.
     pub alias: Option<String>,
     /// Frames the device's transmit queue holds; for a tap the length of the
     /// ring its guest reads from (`tun_net_init`, drivers/net/tun.c).
