@@ -188,10 +188,10 @@ impl LinkSocket {
 
     /// Applies settings in one request, and reads them back.
     ///
-    /// Setting a device up with `addr_gen_none` takes a request more: kernels
-    /// work through a request flags first and addresses last (`do_setlink`,
-    /// net/core/rtnetlink.c), and a device that comes up with a carrier has its
-    /// link-local address at once.
+    /// Setting a device up with `addr_gen_none` takes a request more: the kernel
+    /// works through one flags first and address generation last (`do_setlink`,
+    /// net/core/rtnetlink.c), and a tap that comes up with its guest attached has
+    /// its link-local address at once (seen on 6.18).
     ///
     /// If the kernel refuses one setting, those it had applied before stay; the
     /// device is set up only if all else was accepted or in the same request.
