@@ -1,0 +1,83 @@
+//! The fuzz targets of `fuzz/` on stable Rust: the same bodies, fed by proptest.
+//! Bytes that once broke one are to be kept here as a test of their own.
+
+use proptest::prelude::*;
+
+#[path = "../fuzz/src/lib.rs"]
+mod bodies;
+
+fn bytes(longest: usize) -> impl Strategy<Value = Vec<u8>> {
+    proptest::collection::vec(any::<u8>(), 0..longest)
+}
+
+/// A virtio header and a frame: random bytes would hardly get past the first check.
+fn likely_super_frame() -> impl Strategy<Value = Vec<u8>> {
+    let header = (
+        prop_oneof![3 => Just(1_u8), 1 => any::<u8>()],
+        prop_oneof![Just(1_u8), Just(4), Just(5), Just(0x81), any::<u8>()],
+        0..200_u16,
+        prop_oneof![Just(34_u16), Just(38), Just(54), 0..120_u16, any::<u16>()],
+        prop_oneof![Just(16_u16), Just(6), any::<u16>()],
+    );
+    let ethertype = prop_oneof![Just([8_u8, 0]), Just([0x86, 0xdd]), Just([0x81, 0])];
+    (header, ethertype, bytes(400)).prop_map(
+        |((flags, gso_type, gso_size, csum_start, csum_offset), ethertype, tail)| {
+            let header = vlanswitchd::frame::VnetHeader {
+                flags,
+                gso_type,
+                hdr_len: 0,
+                gso_size,
+                csum_start,
+                csum_offset,
+            };
+            let mut frame = vec![2; 12];
+            frame.extend(ethertype);
+            let version = if ethertype == [8, 0] { 0x45 } else { 0x60 };
+            frame.push(version);
+            frame.extend(tail);
+            for (offset, mask) in [(20, 0x40), (21, 0)] {
+                if let Some(byte) = frame.get_mut(offset).filter(|_| version == 0x45) {
+                    *byte &= mask; // not a fragment
+                }
+            }
+            if let Some(protocol) = frame.get_mut(if version == 0x45 { 23 } else { 20 }) {
+                *protocol = [4, 6, 17, 41, 47, 43][usize::from(*protocol) % 6];
+            }
+            [&header.to_bytes()[..], &frame].concat()
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn tag_stack(head in bytes(16), tags in prop::collection::vec(0..5_usize, 0..5), tail in bytes(8)) {
+        bodies::tag_stack(&head);
+        let mut data = vec![7; 15];
+        data[..head.len().min(15)].copy_from_slice(&head[..head.len().min(15)]);
+        for tag in tags {
+            data.extend([[0x81, 0], [0x88, 0xa8], [0x91, 0], [0x92, 0], [8, 0]][tag]);
+            data.extend([1, 2]);
+        }
+        data.extend(tail);
+        bodies::tag_stack(&data);
+    }
+
+    #[test]
+    fn check_offload(noise in bytes(200), data in likely_super_frame()) {
+        bodies::check_offload(&noise);
+        bodies::check_offload(&data);
+    }
+
+    #[test]
+    fn segment(noise in bytes(200), data in likely_super_frame()) {
+        bodies::segment(&noise);
+        bodies::segment(&data);
+    }
+
+    #[test]
+    fn segment_recipe(data in bytes(120)) {
+        bodies::segment_recipe(&data);
+    }
+}
