@@ -189,12 +189,6 @@ fn check_super_frame(header: VnetHeader, frame: &[u8]) -> Offload {
         return if header.needs_csum() { Offload::Segment } else { Offload::Bad };
     };
     let hdr_len = found.offset + found.header_len;
-    let payload_len = frame.len().saturating_sub(hdr_len);
-    if found.protocol == Transport::Udp
-        && payload_len > usize::from(header.gso_size) * UDP_SEGMENTS_MAX
-    {
-        return Offload::Bad;
-    }
     if !header.needs_csum() {
         return Offload::Segment;
     }
@@ -202,6 +196,12 @@ fn check_super_frame(header: VnetHeader, frame: &[u8]) -> Offload {
         || header.csum_offset != found.protocol.checksum_offset()
     {
         return Offload::Segment;
+    }
+    let payload_len = frame.len().saturating_sub(hdr_len);
+    if found.protocol == Transport::Udp
+        && payload_len > usize::from(header.gso_size) * UDP_SEGMENTS_MAX
+    {
+        return Offload::Bad;
     }
     let Ok(hdr_len) = u16::try_from(hdr_len) else {
         return Offload::Bad;
@@ -368,6 +368,9 @@ mod tests {
         let good = VnetHeader { gso_size: 10, ..gso(GSO_UDP_L4, 54, 6) };
         assert!(matches!(check_offload(good, &udp_v6(1280)), Offload::Plain(_)));
         assert_eq!(check_offload(good, &udp_v6(1281)), Offload::Bad);
+        // Counted for the outer packet only: this one is inside a tunnel.
+        let inner = VnetHeader { csum_start: 104, ..good };
+        assert_eq!(check_offload(inner, &udp_v6(1281)), Offload::Segment);
         let ecn = VnetHeader { gso_type: GSO_UDP_L4 | GSO_ECN, ..good };
         assert_eq!(check_offload(ecn, &udp_v6(1280)), Offload::Bad);
     }
