@@ -288,7 +288,18 @@ mod tests {
             (found.protocol, found.header_len, found.version),
             (Transport::Udp, 8, IpVersion::V6)
         );
-        assert!(network(&frame, 14, IpVersion::V6).unwrap().rerouted);
+    }
+
+    #[test]
+    fn a_packet_on_its_way_by_source_routing_is_marked() {
+        let routing = |left| [&[17, 0, 2, left, 0, 0, 0, 0][..], &[0; 8]].concat();
+        for (left, rerouted) in [(0, false), (1, true)] {
+            let packet = [ipv6(43), routing(left)].concat();
+            assert_eq!(network(&packet, 0, IpVersion::V6).unwrap().rerouted, rerouted);
+        }
+        for (options, rerouted) in [(0, false), (4, true)] {
+            assert_eq!(network(&ipv4(6, options), 0, IpVersion::V4).unwrap().rerouted, rerouted);
+        }
     }
 
     #[test]

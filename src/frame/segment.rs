@@ -697,6 +697,18 @@ mod tests {
     }
 
     #[test]
+    fn a_udp_checksum_of_zero_is_written_as_ones() {
+        let mut transport = udp(0x1111, &[0; 1000]);
+        let frame = ethernet(&[], 0x0800, &ipv4(17, 1, &transport));
+        let uso = header(&frame, GSO_UDP_L4, 1000, transport.len());
+        let checksum = &cut(&frame, uso).unwrap()[0][34 + 6..34 + 8];
+        // With its own checksum in the payload, the sum is all ones.
+        transport[8..10].copy_from_slice(checksum);
+        let frame = ethernet(&[], 0x0800, &ipv4(17, 1, &transport));
+        assert_eq!(u16_at(&cut(&frame, uso).unwrap()[0], 34 + 6), 0xffff);
+    }
+
+    #[test]
     fn udp_tunnels_by_their_structure() {
         let ethernet = Some((Content::Ethernet, 8));
         let v4 = Content::Ip(IpVersion::V4);

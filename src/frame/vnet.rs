@@ -357,12 +357,14 @@ mod tests {
             VnetHeader { gso_type: 2, ..good },
             VnetHeader { gso_type: GSO_ECN, ..good },
             VnetHeader { gso_type: 0x41, ..good },
-            VnetHeader { csum_start: 5040, ..good },
+            VnetHeader { csum_start: 5054 - 18 + 1, ..good },
             VnetHeader { csum_start: u16::MAX, ..good },
         ];
         for header in bad {
             assert_eq!(check_offload(header, &frame), Offload::Bad, "{header:?}");
         }
+        let last = VnetHeader { csum_start: 5054 - 18, ..good };
+        assert_eq!(check_offload(last, &frame), Offload::Segment);
         assert_eq!(check_offload(good, &[]), Offload::Bad);
 
         let good = VnetHeader { gso_size: 10, ..gso(GSO_UDP_L4, 54, 6) };
