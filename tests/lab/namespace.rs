@@ -1,0 +1,201 @@
+//! Network namespaces of the lab's own, gone when dropped.
+
+use nix::sched::{CloneFlags, setns};
+use std::fs::{self, File};
+use std::process::{Command, Output};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// What names of ours start with; then the process id, a number and a role.
+const PREFIX: &str = "vslab";
+
+/// A named network namespace.
+pub struct Namespace {
+    name: String,
+}
+
+static SWEEP: Once = Once::new();
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+impl Namespace {
+    /// A fresh namespace with `lo` up and IPv6 off on devices made later.
+    pub fn new(role: &str) -> Self {
+        SWEEP.call_once(sweep);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}-{}-{number}-{role}", std::process::id());
+        // `ip netns add` races with itself while it makes /run/netns for the first time.
+        super::eventually(
+            "`ip netns add` works (is this root, with iproute2?)",
+            || run(Command::new("ip").args(["netns", "add", &name])).ok(),
+        );
+        let namespace = Self { name };
+        namespace.ip("link set lo up");
+        namespace.set_sysctl("net/ipv6/conf/default/disable_ipv6", "1");
+        namespace
+    }
+
+    /// The name under /run/netns.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Devices made from now on speak IPv6, with addresses that need no
+    /// duplicate address detection.
+    pub fn enable_ipv6(&self) {
+        self.set_sysctl("net/ipv6/conf/default/accept_dad", "0");
+        self.set_sysctl("net/ipv6/conf/default/disable_ipv6", "0");
+    }
+
+    /// Writes /proc/sys/`key` as seen from inside. A kernel without the key
+    /// (no IPv6) has nothing to set.
+    pub fn set_sysctl(&self, key: &str, value: &str) {
+        let path = format!("/proc/sys/{key}");
+        self.enter(|| {
+            if fs::exists(&path).unwrap() {
+                fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}"));
+            }
+        });
+    }
+
+    /// Reads /proc/sys/`key` as seen from inside.
+    pub fn sysctl(&self, key: &str) -> Option<String> {
+        let path = format!("/proc/sys/{key}");
+        self.enter(|| fs::read_to_string(path).ok())
+            .map(|text| text.trim().to_owned())
+    }
+
+    /// `ip ARGUMENTS` inside; fails the test if `ip` does.
+    pub fn ip(&self, arguments: &str) -> String {
+        self.try_ip(arguments)
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// `ip ARGUMENTS` inside.
+    pub fn try_ip(&self, arguments: &str) -> Result<String, String> {
+        run(Command::new("ip")
+            .args(["-n", &self.name])
+            .args(arguments.split_whitespace()))
+    }
+
+    /// `tc ARGUMENTS` inside; fails the test if `tc` does.
+    pub fn tc(&self, arguments: &str) -> String {
+        let mut command = Command::new("tc");
+        command
+            .args(["-n", &self.name])
+            .args(arguments.split_whitespace());
+        run(&mut command).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Any program inside, with /sys of the namespace; fails the test if it fails.
+    pub fn tool(&self, program: &str, arguments: &str) -> String {
+        let mut command = self.command(program);
+        command.args(arguments.split_whitespace());
+        run(&mut command).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// A program to be started inside, with /sys of the namespace. It dies with
+    /// the thread that starts it, also when that is killed.
+    pub fn command(&self, program: &str) -> Command {
+        self.command_through(&[], program)
+    }
+
+    /// As [`Namespace::command`], with further programs in front of it (such as
+    /// `setpriv --reuid=..`).
+    pub fn command_through(&self, wrapper: &[&str], program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).args(wrapper);
+        command.args(["setpriv", "--pdeathsig", "KILL", program]);
+        command
+    }
+
+    /// Runs a closure on a thread inside. Sockets opened there stay there.
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(format!("/run/netns/{}", self.name)).expect("namespace exists");
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                setns(&file, CloneFlags::CLONE_NEWNET).expect("setns");
+                body()
+            });
+            match thread.join() {
+                Ok(value) => value,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// `ip -details -json link show DEVICE`, or `None` if it does not exist.
+    pub fn link(&self, device: &str) -> Option<serde_json::Value> {
+        let text = self
+            .try_ip(&format!(
+                "-details -statistics -json link show dev {device}"
+            ))
+            .ok()?;
+        let list: serde_json::Value = serde_json::from_str(&text).expect("ip prints JSON");
+        list.get(0).cloned()
+    }
+
+    /// Names of all devices, sorted.
+    pub fn devices(&self) -> Vec<String> {
+        let list: serde_json::Value =
+            serde_json::from_str(&self.ip("-json link show")).expect("ip prints JSON");
+        let name = |link: &serde_json::Value| link["ifname"].as_str().unwrap().to_owned();
+        let mut names: Vec<String> = list.as_array().unwrap().iter().map(name).collect();
+        names.sort();
+        names
+    }
+
+    /// A counter of the kernel's: `rx_packets`, `tx_packets`, `rx_dropped`, ...
+    pub fn counter(&self, device: &str, counter: &str) -> u64 {
+        let link = self
+            .link(device)
+            .unwrap_or_else(|| panic!("{device} exists"));
+        let (direction, name) = counter.split_once('_').unwrap();
+        link["stats64"][direction][name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{counter} in {link}"))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = run(Command::new("ip").args(["netns", "del", &self.name]));
+    }
+}
+
+/// Removes namespaces of labs whose process is gone (killed, so `Drop` never ran).
+fn sweep() {
+    let Ok(entries) = fs::read_dir("/run/netns") else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let mut parts = name.split('-');
+        let (prefix, process) = (parts.next(), parts.next());
+        if prefix != Some(PREFIX) {
+            continue;
+        }
+        if process.is_some_and(|id| !fs::exists(format!("/proc/{id}")).unwrap_or(true)) {
+            let _ = run(Command::new("ip").args(["netns", "del", &name]));
+        }
+    }
+}
+
+/// Standard output of a command that succeeded, else all that it said.
+pub fn run(command: &mut Command) -> Result<String, String> {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command
+        .output()
+        .map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() {
+        return Ok(String::from_utf8_lossy(&stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&stderr);
+    Err(format!(
+        "{command:?}: {status}: {}{}",
+        said,
+        String::from_utf8_lossy(&stdout)
+    ))
+}
