@@ -39,11 +39,13 @@
 pub mod daemon;
 pub mod frames;
 pub mod guest;
+pub mod hub;
 pub mod ip;
 pub mod namespace;
 pub mod packet;
 pub mod raw;
 pub mod summary;
+pub mod transfer;
 
 pub use daemon::{Daemon, Failure};
 pub use frames::{Frame, TagBytes};

@@ -93,6 +93,13 @@ impl Namespace {
         run(&mut command).unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// A shell command inside, with /sys of the namespace; fails the test if it fails.
+    pub fn shell(&self, script: &str) -> String {
+        let mut command = self.command("sh");
+        command.args(["-ec", script]);
+        run(&mut command).unwrap_or_else(|error| panic!("{error}"))
+    }
+
     /// A program to be started inside, with /sys of the namespace. It dies with
     /// the thread that starts it, also when that is killed.
     pub fn command(&self, program: &str) -> Command {
