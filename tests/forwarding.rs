@@ -91,16 +91,28 @@ fn rows_from_wire(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("native", &[outer(40), other(7)], Arrives(vec![other(7)])),
         row("native", &[outer(41)], Arrives(vec![outer(41)])),
         row("double", &[outer(50), c(5)], nothing()),
-        row("double", &[outer(50), c(5), other(9)], Arrives(vec![other(9)])),
+        row(
+            "double",
+            &[outer(50), c(5), other(9)],
+            Arrives(vec![other(9)]),
+        ),
         row("dblaccess", &[outer(50), c(6)], nothing()),
-        row("dblaccess", &[outer(50), c(6), other(9)], Dropped("inner_tag")),
+        row(
+            "dblaccess",
+            &[outer(50), c(6), other(9)],
+            Dropped("inner_tag"),
+        ),
         row("pcp", &[outer(60)], nothing()),
         row("copy", &[outer(61)], nothing()),
         row("accpcp", &[outer(62)], nothing()),
         row("natpcp", &[outer(70)], nothing()),
         row("natpcp", &[outer(71)], Arrives(vec![outer(71)])),
         row("dblcopy", &[outer(80), c(8)], nothing()),
-        row("sinner", &[outer(90), tag(0x88a8, 9).priority(p)], nothing()),
+        row(
+            "sinner",
+            &[outer(90), tag(0x88a8, 9).priority(p)],
+            nothing(),
+        ),
         row("tunnel", &[outer(11)], NotOurs),
         row("tunnel", &[outer(4094)], NotOurs),
         row("tunnel", &[], NotOurs),
@@ -150,7 +162,11 @@ fn rows_from_guests(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("native", &[with_p(41)], Arrives(vec![with_p(41)])),
         row("native", &[with_p(42)], Dropped("vlan_not_allowed")),
         row("double", &[], Arrives(vec![ours(50), c(5)])),
-        row("double", &[guests(3)], Arrives(vec![ours(50), c(5), guests(3)])),
+        row(
+            "double",
+            &[guests(3)],
+            Arrives(vec![ours(50), c(5), guests(3)]),
+        ),
         row("dblaccess", &[], Arrives(vec![ours(50), c(6)])),
         row("dblaccess", &[guests(3)], Dropped("tagged_on_access")),
         row("pcp", &[], Arrives(vec![ours(60).priority(five)])),
@@ -257,10 +273,7 @@ impl Modes {
             let frame = self.next();
             self.wire.send(&frame.clone().tags(&row.sent));
             match &row.fate {
-                Arrives(tags) => expected
-                    .entry(row.port)
-                    .or_default()
-                    .push(frame.tags(tags)),
+                Arrives(tags) => expected.entry(row.port).or_default().push(frame.tags(tags)),
                 Dropped(reason) => {
                     *self
                         .expected_drops
@@ -434,7 +447,10 @@ fn vlan_0_takes_untagged_and_priority_tagged_frames() {
     guest.send(&frame(10).reversed());
     let got = wire.receive_until(10);
     let priority_tagged = frame(8).reversed().tags(&[tag(0x8100, 0).priority(0xc)]);
-    assert_eq!(got, [frame(7).reversed(), priority_tagged, frame(10).reversed()]);
+    assert_eq!(
+        got,
+        [frame(7).reversed(), priority_tagged, frame(10).reversed()]
+    );
     let summary = daemon.stop();
     assert_eq!(summary.port("t0").to_guest.dropped("inner_tag"), 1);
     assert_eq!(summary.port("t0").from_guest.dropped("tagged_on_access"), 1);
@@ -465,10 +481,18 @@ fn one_vid_under_four_tpids_is_four_vlans() {
         assert_eq!(got, [Frame::numbered(number)]);
         guests[number as usize].send(&Frame::numbered(number).reversed());
         let got = wire.receive_until(number);
-        assert_eq!(got, [Frame::numbered(number).reversed().tags(&[tag(*tpid, 100)])]);
+        assert_eq!(
+            got,
+            [Frame::numbered(number).reversed().tags(&[tag(*tpid, 100)])]
+        );
     }
     let summary = daemon.stop();
-    assert!(summary.ports.iter().all(|port| port.to_guest.out_frames == 1));
+    assert!(
+        summary
+            .ports
+            .iter()
+            .all(|port| port.to_guest.out_frames == 1)
+    );
 }
 
 /// Frames of VLANs nobody mapped stay the host's, and its own traffic goes on.
@@ -575,7 +599,13 @@ fn every_destination_source_and_ether_type_passes() {
             });
         }
     }
-    for source in [[0; 6], [0xff; 6], PEER_MAC, GUEST_MAC, [1, 0, 0x5e, 0, 0, 1]] {
+    for source in [
+        [0; 6],
+        [0xff; 6],
+        PEER_MAC,
+        GUEST_MAC,
+        [1, 0, 0x5e, 0, 0, 1],
+    ] {
         add(Frame {
             source,
             ..plain.clone()
@@ -620,6 +650,8 @@ fn short_frames_pass_and_cut_off_ones_are_counted() {
     let maps = ["--map", "101=t0", "--map", "7=t7,tpid=0x9100"];
     let (daemon, guest) = single(&lab, &maps, "t0");
     let wire = lab.wire();
+    let other = lab.raw_guest("t7");
+    daemon.attached(&["t7"]);
     let head = Frame::numbered(0).bytes();
     for length in 14..60 {
         let payload = head[14..length].to_vec();
@@ -627,13 +659,20 @@ fn short_frames_pass_and_cut_off_ones_are_counted() {
             payload,
             ..Frame::numbered(0)
         };
-        guest.send(&frame);
-        let got = wire.receive_within(lab::PATIENCE).expect("it arrives");
-        assert_eq!(Frame::read(&got), frame.clone().tags(&[tag(0x8100, 101)]));
-        // The kernel itself wants two bytes behind a tag before it hands it over.
-        if length >= 16 {
-            wire.send(&frame.clone().tags(&[tag(0x8100, 101)]));
-            let got = guest.receive_within(lab::PATIENCE).expect("it arrives");
+        let ports = [(&guest, tag(0x8100, 101)), (&other, tag(0x9100, 7))];
+        for (guest, tag) in ports {
+            // A kernel that receives a C-tag wants two bytes behind it, else it drops
+            // the frame before anybody sees it; the far end's would do so as well.
+            if tag.tpid == 0x8100 && length < 16 {
+                continue;
+            }
+            guest.send(&frame);
+            let got = wire.receive_within(lab::PATIENCE);
+            let got = got.unwrap_or_else(|| panic!("{length} bytes, {tag:?}"));
+            assert_eq!(Frame::read(&got), frame.clone().tags(&[tag]));
+            wire.send(&frame.clone().tags(&[tag]));
+            let got = guest.receive_within(lab::PATIENCE);
+            let got = got.unwrap_or_else(|| panic!("{length} bytes, {tag:?}"));
             assert_eq!(got, frame.bytes());
         }
     }
@@ -699,13 +738,15 @@ fn full_size_frames_pass_where_the_mtu_allows() {
         assert_eq!(too_long, u64::from(!fits), "{map}");
         assert_eq!(mtu(&lab), 1500, "nothing was asked for");
 
-        let (daemon, _) = single(&lab, &["--map", map, "--set-uplink-mtu"], "t0");
         drop(guest);
-        let guest = lab.raw_guest("t0");
-        daemon.attached(&["t0"]);
+        let (daemon, guest) = single(&lab, &["--map", map, "--set-uplink-mtu"], "t0");
         assert!(mtu(&lab) >= needed, "{map}: {}", mtu(&lab));
         guest.send(&full(3).reversed());
-        assert_eq!(wire.receive_until(3), [full(3).reversed().tags(tags)], "{map}");
+        assert_eq!(
+            wire.receive_until(3),
+            [full(3).reversed().tags(tags)],
+            "{map}"
+        );
         wire.send(&full(4).tags(tags));
         assert_eq!(guest.receive_until(4), [full(4)], "{map}");
         let summary = daemon.stop();
@@ -730,7 +771,10 @@ fn set_uplink_mtu_takes_the_guests_mtu() {
     let tags = [tag(0x88a8, 100), tag(0x8100, 20)];
     let frame = Frame::numbered(1).untagged_length(3014);
     guest.send(&frame.clone().reversed());
-    assert_eq!(wire.receive_until(1), [frame.clone().reversed().tags(&tags)]);
+    assert_eq!(
+        wire.receive_until(1),
+        [frame.clone().reversed().tags(&tags)]
+    );
     wire.send(&frame.clone().tags(&tags));
     assert_eq!(guest.receive_until(1), [frame]);
     daemon.stop();
@@ -758,7 +802,11 @@ fn order_is_kept_per_port_and_direction() {
             guest.send(&frame(number).reversed());
         }
         let last = start + window - 1;
-        let down: Vec<u64> = guest.receive_until(last).iter().map(Frame::number).collect();
+        let down: Vec<u64> = guest
+            .receive_until(last)
+            .iter()
+            .map(Frame::number)
+            .collect();
         assert_eq!(down, numbers.clone().collect::<Vec<_>>(), "to the guest");
         let up = wire.receive_until(last);
         let order: Vec<u64> = up.iter().map(Frame::number).collect();
@@ -788,8 +836,14 @@ fn frames_and_bytes_are_counted_each_way() {
     assert_eq!(running.port("t0").to_guest.out_frames, 10);
     let summary = daemon.stop();
     let port = summary.port("t0");
-    assert_eq!((port.to_guest.in_frames, port.to_guest.out_frames), (10, 10));
-    assert_eq!((port.from_guest.in_frames, port.from_guest.out_frames), (10, 10));
+    assert_eq!(
+        (port.to_guest.in_frames, port.to_guest.out_frames),
+        (10, 10)
+    );
+    assert_eq!(
+        (port.from_guest.in_frames, port.from_guest.out_frames),
+        (10, 10)
+    );
     assert_eq!(port.to_guest.out_bytes, 600, "60 bytes reach the guest");
     assert_eq!(port.from_guest.in_bytes, 600);
     assert_eq!(port.from_guest.out_bytes, 640, "and 64 the wire");

@@ -14,9 +14,7 @@ mod lab;
 use lab::frames::{Frame, TagBytes, tag};
 use lab::hub::{far_members, tag_everything};
 use lab::ip::{self, Version, Vnet};
-use lab::raw::{
-    OFFLOAD_TCP, OFFLOAD_USO, PacketSocket, index_of, open_tap, read_tap, write_tap,
-};
+use lab::raw::{OFFLOAD_TCP, OFFLOAD_USO, PacketSocket, index_of, open_tap, read_tap, write_tap};
 use lab::{Daemon, KernelGuest, Lab, Namespace, Wire, eventually, transfer};
 use std::fs::File;
 
@@ -185,7 +183,6 @@ fn tcp_to_an_internal_port() {
     transfer::tcp(&lab.host, &member.inside, MEMBER_V4, 256 * MIB);
     transfer::tcp(&member.inside, &lab.host, GUEST_V4, 256 * MIB);
     daemon.stop();
-    assert!(lab.host.link("leg0").is_none(), "it was ours and goes with us");
 }
 
 /// UDP super-frames (USO) pass whole where the kernel has them, both ways.
@@ -202,6 +199,7 @@ fn udp_segmentation_passes_both_ways() {
         if offload & OFFLOAD_USO != 0 && !has_uso() {
             continue;
         }
+        eprintln!("{map}, guest offloads {offload:#x}");
         let pair = Pair::new(map, &vlan, offload);
         let (guest, member) = (&pair.guest.inside, &pair.member);
         transfer::udp(guest, member, MEMBER_V4, 1200, 200);
@@ -221,7 +219,9 @@ fn udp_segmentation_passes_both_ways() {
 /// Taps know USO from Linux 6.2 on.
 fn has_uso() -> bool {
     let lab = Lab::new();
-    lab.host.enter(|| open_tap("probe", 0, OFFLOAD_TCP | OFFLOAD_USO)).is_ok()
+    lab.host
+        .enter(|| open_tap("probe", 0, OFFLOAD_TCP | OFFLOAD_USO))
+        .is_ok()
 }
 
 /// One super-frame from the guest as a VMM writes it, all tag stacks.
@@ -269,7 +269,14 @@ fn a_checksum_left_to_us_is_right_on_the_wire() {
 #[ignore = "needs root: makes network namespaces"]
 fn a_checksum_left_to_the_guest_is_described_rightly() {
     let lab = Lab::new();
-    let maps = ["--map", "101=plain", "--map", "102=virtio", "--map", "103,104=trunk"];
+    let maps = [
+        "--map",
+        "101=plain",
+        "--map",
+        "102=virtio",
+        "--map",
+        "103,104=trunk",
+    ];
     let daemon = lab.daemon(&maps);
     let plain = lab.raw_guest("plain");
     let open = |tap: &str| lab.host.enter(|| open_tap(tap, 0, OFFLOAD_TCP)).unwrap();
@@ -283,7 +290,9 @@ fn a_checksum_left_to_the_guest_is_described_rightly() {
             let send = |vid| {
                 let tagged = frame.clone().tags(&[tag(0x8100, vid)]);
                 let header = header.behind_tags(1);
-                socket.send(&[&header.bytes(), tagged.bytes().as_slice()].concat()).unwrap();
+                socket
+                    .send(&[&header.bytes(), tagged.bytes().as_slice()].concat())
+                    .unwrap();
             };
             send(101);
             let got = plain.receive_within(lab::PATIENCE).expect("it arrives");
@@ -332,8 +341,10 @@ enum Tunnel {
 impl Tunnel {
     /// Segment `number` of a TCP stream inside the tunnel, as it is on the cable.
     fn frame(self, number: u32, size: usize) -> Frame {
-        let data: Vec<u8> = (0..size).map(|index| (number as usize * 37 + index) as u8).collect();
-        let inner = ip::tcp(Version::V4, 1 + number * size as u32, &data);
+        let data: Vec<u8> = (0..size)
+            .map(|index| (number as usize * 37 + index) as u8)
+            .collect();
+        let inner = ip::tcp_identified(number as u16, 1 + number * size as u32, &data);
         let (protocol, inside) = match self {
             Self::Gre => (47, [vec![0, 0, 8, 0], inner.payload].concat()),
             Self::Ipip => (4, inner.payload),
@@ -351,11 +362,8 @@ impl Tunnel {
         let packet = &mut outer.payload;
         packet.truncate(20);
         packet[2..4].copy_from_slice(&((20 + inside.len()) as u16).to_be_bytes());
-        packet[4..6].copy_from_slice(&(number as u16).to_be_bytes());
         packet[9] = protocol;
-        packet[10..12].fill(0);
-        let sum = !ip::ones_sum(packet);
-        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        ip::identify(packet, number as u16);
         packet.extend(inside);
         outer
     }
@@ -368,14 +376,17 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
     for offload in [0, OFFLOAD_TCP] {
         let lab = Lab::new();
         // The kernel merges VXLAN only if a VXLAN device exists, whoever the frames are for.
-        lab.host.ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
+        lab.host
+            .ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
         lab.host.ip("link set vx0 up");
         merge_on_arrival(&lab);
         let daemon = lab.daemon(&["--map", "101=t0"]);
         let guest = lab.host.enter(|| open_tap("t0", 0, offload)).unwrap();
         daemon.attached(&["t0"]);
         let member = far_members(&lab, &[&[C101]]).pop().unwrap();
-        member.inside.tool("ethtool", "-K eth0 tx off tso off gso off");
+        member
+            .inside
+            .tool("ethtool", "-K eth0 tx off tso off gso off");
         let wire = Wire::open(&member.inside, "eth0");
         let mut merged = 0;
         for tunnel in [Tunnel::Gre, Tunnel::Ipip, Tunnel::Vxlan] {
@@ -386,17 +397,26 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
             }
             let mut got: Vec<Vec<u8>> = Vec::new();
             while got.len() < frames.len() {
-                got.push(next(&guest)[10..].to_vec());
+                let frame = next(&guest)[10..].to_vec();
+                // The stack at the far end reports its IPv6 groups in between.
+                if frame[12..14] != [0x86, 0xdd] {
+                    got.push(frame);
+                }
             }
-            let mut got: Vec<Frame> = got.iter().map(|bytes| Frame::read(bytes)).collect();
-            for (got, sent) in got.iter_mut().zip(&frames) {
-                // GRO renumbers a merged packet's outer identification: not part of the promise.
-                compare_but_identification(got, sent, tunnel);
+            for (got, sent) in got.iter().zip(&frames) {
+                assert!(
+                    *got == sent.bytes(),
+                    "{tunnel:?}: {got:02x?} and {:02x?}",
+                    sent.bytes()
+                );
             }
             let split = daemon.summary().port("t0").to_guest.split_frames - before;
             merged += u64::from(split > 0);
         }
-        assert_eq!(merged, 3, "the kernel merged all three, or this test shows nothing");
+        assert_eq!(
+            merged, 3,
+            "the kernel merged all three, or this test shows nothing"
+        );
         daemon.stop();
     }
 }
@@ -411,25 +431,15 @@ fn merge_on_arrival(lab: &Lab) {
     );
 }
 
-fn compare_but_identification(got: &mut Frame, sent: &Frame, tunnel: Tunnel) {
-    let mut sent = sent.clone();
-    let valid = ip::ones_sum(&got.payload[..20]) == 0xffff;
-    assert!(valid, "{tunnel:?}: the outer IPv4 checksum of {got:?}");
-    for frame in [&mut *got, &mut sent] {
-        frame.payload[4..6].fill(0);
-        frame.payload[10..12].fill(0);
-    }
-    assert_eq!(got.payload.len(), sent.payload.len(), "{tunnel:?}");
-    assert_eq!(*got, sent, "{tunnel:?}: {:02x?} and {:02x?}", got.payload, sent.payload);
-}
-
 /// The same with real tunnel devices on both sides, where super-frames of the
 /// tunnel come from the sender's own stack.
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn tcp_through_a_vxlan_between_guest_and_far_end() {
     let pair = Pair::new("101=t0", &[C101], OFFLOAD_TCP);
-    pair.lab.host.ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
+    pair.lab
+        .host
+        .ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
     pair.lab.host.ip("link set vx0 up");
     let ends = [
         (&pair.guest.inside, GUEST_V4, MEMBER_V4, "10.2.0.1"),
@@ -447,5 +457,8 @@ fn tcp_through_a_vxlan_between_guest_and_far_end() {
     transfer::tcp(guest, member, "10.2.0.2", 64 * MIB);
     let summary = pair.daemon.stop();
     let cut = summary.port("t0").to_guest.split_frames;
-    assert!(cut > 0, "no super-frame of the tunnel reached us: this test shows nothing");
+    assert!(
+        cut > 0,
+        "no super-frame of the tunnel reached us: this test shows nothing"
+    );
 }

@@ -5,8 +5,8 @@
 use super::frames::TagBytes;
 use super::{Lab, Namespace};
 use std::os::fd::AsFd;
-use vlanswitchd::sys::bpf::tcx::{self, Direction};
-use vlanswitchd::sys::bpf::{self, PopRule, ProgramKind, TaggedVlan};
+
+use vlanswitchd::sys::bpf::{self, Direction, PopRule, ProgramKind, TaggedVlan};
 
 /// One stack in one VLAN (or `outer.inner`), outermost tag first.
 pub struct Member {
@@ -63,7 +63,7 @@ pub fn tag_everything(namespace: &Namespace, device: &str, tag: TagBytes) {
     attach(namespace, device, Direction::Ingress, "lab_pop", &pop);
 }
 
-/// Attaches a program by TCX; it goes with the device.
+/// Attaches a program to a tc hook; it goes with the device.
 pub fn attach(
     namespace: &Namespace,
     device: &str,
@@ -74,7 +74,7 @@ pub fn attach(
     let index = index(namespace, device);
     namespace.enter(|| {
         let program = bpf::load(ProgramKind::SchedCls, name, program).expect("it verifies");
-        tcx::attach(program.as_fd(), index, direction).expect("TCX (Linux 6.6)");
+        bpf::attach_tc(program.as_fd(), name, index, direction).expect("a tc hook");
     });
 }
 

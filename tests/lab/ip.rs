@@ -149,6 +149,21 @@ pub fn tcp(version: Version, sequence: u32, data: &[u8]) -> Frame {
     framed(version, packet)
 }
 
+/// The same with an IPv4 identification, which the kernel's GRO wants in steps.
+pub fn tcp_identified(identification: u16, sequence: u32, data: &[u8]) -> Frame {
+    let mut frame = tcp(Version::V4, sequence, data);
+    identify(&mut frame.payload, identification);
+    frame
+}
+
+/// Sets the identification of an IPv4 packet, and its checksum.
+pub fn identify(packet: &mut [u8], identification: u16) {
+    packet[4..6].copy_from_slice(&identification.to_be_bytes());
+    packet[10..12].fill(0);
+    let sum = !ones_sum(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+}
+
 /// A whole UDP packet, checksums complete.
 pub fn udp(version: Version, data: &[u8]) -> Frame {
     let mut packet = Vec::new();

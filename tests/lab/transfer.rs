@@ -93,8 +93,14 @@ fn receive_stream(mut stream: TcpStream, bytes: u64) {
             let expected = pattern.peek(rest.len());
             let length = expected.len();
             if rest[..length] != *expected {
-                let differs = rest.iter().zip(expected).position(|(one, other)| one != other);
-                panic!("differs at byte {}", pattern.position + differs.unwrap() as u64);
+                let differs = rest
+                    .iter()
+                    .zip(expected)
+                    .position(|(one, other)| one != other);
+                panic!(
+                    "differs at byte {}",
+                    pattern.position + differs.unwrap() as u64
+                );
             }
             rest = &rest[length..];
             pattern.advance(length);
@@ -110,8 +116,14 @@ pub fn udp(from: &Namespace, to: &Namespace, address: &str, size: usize, calls: 
     let address: IpAddr = address.parse().expect("an address");
     let receiver = to.enter(|| UdpSocket::bind(SocketAddr::new(address, 0)).expect("bind"));
     receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    // A whole batch must fit: what is tested is the way there.
+    setsockopt(&receiver, sockopt::RcvBufForce, &(8 << 20)).expect("SO_RCVBUFFORCE");
     let target = receiver.local_addr().unwrap();
-    let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let any = if address.is_ipv4() {
+        "0.0.0.0:0"
+    } else {
+        "[::]:0"
+    };
     let sender = from.enter(|| UdpSocket::bind(any).expect("bind"));
     sender.connect(target).expect("connect");
     setsockopt(&sender, sockopt::UdpGsoSegment, &(size as i32)).expect("UDP_SEGMENT");
@@ -130,7 +142,10 @@ pub fn udp(from: &Namespace, to: &Namespace, address: &str, size: usize, calls: 
             let got = receiver
                 .recv(&mut buffer)
                 .unwrap_or_else(|error| panic!("call {call}, datagram {number}: {error}"));
-            assert!(buffer[..got] == *expected, "call {call}, datagram {number} differs");
+            assert!(
+                buffer[..got] == *expected,
+                "call {call}, datagram {number} differs"
+            );
         }
     }
 }
@@ -140,6 +155,9 @@ fn checksum_errors(namespace: &Namespace) -> u64 {
     let text = namespace.enter(|| fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
     let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
     let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    let position = names.split(' ').position(|name| name == "InCsumErrors").unwrap();
+    let position = names
+        .split(' ')
+        .position(|name| name == "InCsumErrors")
+        .unwrap();
     values.split(' ').nth(position).unwrap().parse().unwrap()
 }
