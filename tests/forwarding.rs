@@ -849,3 +849,136 @@ fn frames_and_bytes_are_counted_each_way() {
     assert_eq!(port.from_guest.out_bytes, 640, "and 64 the wire");
     assert_eq!(summary.to_wire.out_bytes, 640);
 }
+
+/// What a guest sends to everybody, to its tap's address, and in search of the
+/// host: an ARP request for `address`, IPv4 and IPv6.
+fn frames_for_the_host(tap: [u8; 6], address: [u8; 4]) -> Vec<Frame> {
+    let everybody = [0xff; 6];
+    let mut arp = vec![0, 1, 8, 0, 6, 4, 0, 1];
+    arp.extend(GUEST_MAC);
+    arp.extend([10, 9, 0, 77]);
+    arp.extend([0; 6]);
+    arp.extend(address);
+    arp.extend([0; 18]);
+    let request = Frame {
+        ether_type: 0x0806,
+        payload: arp,
+        ..Frame::numbered(0).reversed().to(everybody)
+    };
+    let v4 = lab::ip::udp(lab::ip::Version::V4, b"for the host?").reversed();
+    let v6 = lab::ip::udp(lab::ip::Version::V6, b"for the host?").reversed();
+    vec![
+        request,
+        v4.clone().to(everybody),
+        v4.to(tap),
+        v6.clone().to([0x33, 0x33, 0, 0, 0, 1]),
+        v6.to(tap),
+    ]
+}
+
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_ARP: u16 = 0x0806;
+const ETH_P_IPV6: u16 = 0x86dd;
+
+/// How many of the frames for the host its stack got from `device`.
+fn reached_the_stack(stack: &[Wire]) -> usize {
+    let count = |wire: &Wire| std::iter::from_fn(|| wire.try_receive()).count();
+    stack.iter().map(count).sum()
+}
+
+fn stack_of(lab: &Lab, device: &str) -> [Wire; 3] {
+    [ETH_P_IP, ETH_P_ARP, ETH_P_IPV6].map(|kind| Wire::with_protocol(&lab.host, device, kind))
+}
+
+fn address_of(lab: &Lab, device: &str) -> [u8; 6] {
+    let link = lab.host.link(device).unwrap();
+    let parts = link["address"].as_str().unwrap().split(':');
+    let bytes: Vec<u8> = parts
+        .map(|part| u8::from_str_radix(part, 16).unwrap())
+        .collect();
+    bytes.try_into().unwrap()
+}
+
+/// A tap is sealed: the guest talks to its VLAN and never to the host, which does
+/// not talk to it either; also after the daemon was killed.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_tap_is_sealed_against_the_hosts_stack() {
+    let lab = Lab::new();
+    lab.host.enable_ipv6();
+    lab.host.ip("address add 10.9.0.1/24 dev up0");
+    let (daemon, guest) = single(&lab, &["--map", "101=t0"], "t0");
+    let wire = lab.wire();
+    let stack = stack_of(&lab, "t0");
+    for frame in frames_for_the_host(address_of(&lab, "t0"), [10, 9, 0, 1]) {
+        guest.send(&frame);
+        let got = wire
+            .receive_within(lab::PATIENCE)
+            .expect("it goes to the VLAN");
+        assert_eq!(Frame::read(&got), frame.tags(&[tag(0x8100, 101)]));
+    }
+    wire.send(&Frame::numbered(1).tags(&[tag(0x8100, 101)]));
+    assert_eq!(
+        guest.receive_until(1),
+        [Frame::numbered(1)],
+        "the host answers nothing"
+    );
+    assert_eq!(reached_the_stack(&stack), 0);
+    assert_eq!(
+        lab.host.sysctl("net/ipv6/conf/t0/disable_ipv6").as_deref(),
+        Some("1")
+    );
+    assert_eq!(lab.host.ip("-oneline address show dev t0").trim(), "");
+
+    daemon.signal(nix::sys::signal::Signal::SIGKILL);
+    drop(daemon);
+    let everything = Wire::open(&lab.host, "t0");
+    for frame in frames_for_the_host(address_of(&lab, "t0"), [10, 9, 0, 1]) {
+        guest.send(&frame);
+        let got = everything
+            .receive_within(lab::PATIENCE)
+            .expect("it is sent");
+        assert_eq!(got, frame.bytes());
+    }
+    assert_eq!(reached_the_stack(&stack), 0, "sealed without the daemon");
+    assert_eq!(guest.clear(), 0);
+}
+
+/// A device that was there before is sealed as well, and opened again at the end.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_container_is_sealed_while_it_is_a_port() {
+    let lab = Lab::new();
+    let inside = lab.container("c0");
+    lab.host.ip("address add 10.9.0.1/24 dev up0");
+    let container = Wire::open(&inside, "eth0");
+    let everything = Wire::open(&lab.host, "c0");
+    let stack = stack_of(&lab, "c0");
+    let try_all = || {
+        everything.clear();
+        let frames = frames_for_the_host(address_of(&lab, "c0"), [10, 9, 0, 1]);
+        for frame in &frames {
+            container.send(frame);
+        }
+        for _ in &frames {
+            everything
+                .receive_within(lab::PATIENCE)
+                .expect("it is sent");
+        }
+        reached_the_stack(&stack)
+    };
+    assert!(try_all() >= 4, "before: else this test shows nothing");
+    let daemon = lab.daemon(&["--map", "101=c0"]);
+    daemon.attached(&["c0"]);
+    container.clear();
+    assert_eq!(try_all(), 0, "while it is a port");
+    lab.wire()
+        .send(&Frame::numbered(1).tags(&[tag(0x8100, 101)]));
+    assert_eq!(
+        container.receive_until(1),
+        [Frame::numbered(1)],
+        "the host answers nothing"
+    );
+    daemon.stop();
+    assert!(try_all() >= 4, "afterwards");
+}

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// The binary under test; `VLANSWITCHD` names another one to compare with.
-fn binary() -> String {
+pub fn binary() -> String {
     std::env::var("VLANSWITCHD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_vlanswitchd").to_owned())
 }
 
@@ -77,8 +77,18 @@ pub struct Stopped {
 impl Daemon {
     /// Starts it with exactly these arguments and waits for its `forwarding:` line.
     pub fn start(namespace: &Namespace, arguments: &[&str]) -> Self {
+        Self::start_program(namespace, &[], &binary(), arguments)
+    }
+
+    /// The same with another binary, through `wrapper`.
+    pub fn start_program(
+        namespace: &Namespace,
+        wrapper: &[&str],
+        program: &str,
+        arguments: &[&str],
+    ) -> Self {
         let started = Instant::now();
-        let mut command = namespace.command(&binary());
+        let mut command = namespace.command_through(wrapper, program);
         command
             .args(arguments)
             .stdin(Stdio::null())
@@ -193,14 +203,23 @@ impl Daemon {
         }
     }
 
-    /// Processor time it has used so far, of all its threads.
-    pub fn cpu_time(&self) -> Duration {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id())).expect("it runs");
-        // The second field is the name in parentheses, which may hold blanks.
-        let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-        let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-        // USER_HZ is 100 on every architecture Linux runs VMs on.
-        Duration::from_millis(ticks * 10)
+    /// Processor time all its threads use in the coming `window`, in nanoseconds.
+    pub fn cpu_nanoseconds_in(&self, window: Duration) -> u64 {
+        let before = self.cpu_nanoseconds();
+        std::thread::sleep(window);
+        self.cpu_nanoseconds() - before
+    }
+
+    fn cpu_nanoseconds(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.id())).expect("it runs");
+        let time = |task: fs::DirEntry| -> u64 {
+            let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            text.split(' ')
+                .next()
+                .and_then(|time| time.parse().ok())
+                .unwrap_or(0)
+        };
+        tasks.flatten().map(time).sum()
     }
 
     /// Memory it holds (RSS, shared rings included), in bytes.
@@ -242,9 +261,19 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// Runs the daemon through `wrapper` until it ends.
-    pub fn of(namespace: &Namespace, wrapper: &[&str], arguments: &[&str]) -> Self {
-        let mut command = namespace.command_through(wrapper, &binary());
+    /// Runs the daemon until it ends.
+    pub fn of(namespace: &Namespace, arguments: &[&str]) -> Self {
+        Self::of_program(namespace, &[], &binary(), arguments)
+    }
+
+    /// The same with another binary, through `wrapper`.
+    pub fn of_program(
+        namespace: &Namespace,
+        wrapper: &[&str],
+        program: &str,
+        arguments: &[&str],
+    ) -> Self {
+        let mut command = namespace.command_through(wrapper, program);
         command
             .args(arguments)
             .stdin(Stdio::null())

@@ -165,11 +165,14 @@ impl Drop for Pump {
     }
 }
 
-/// Waits until `device` has carrier.
+/// Waits until `device` has carrier, and the kernel's own view of it has settled.
 pub fn carrier(namespace: &Namespace, device: &str) {
     eventually(&format!("{device} has carrier"), || {
         let link = namespace.link(device)?;
-        let flags = link["flags"].as_array()?;
-        flags.iter().any(|flag| flag == "LOWER_UP").then_some(())
+        let lower_up = link["flags"]
+            .as_array()?
+            .iter()
+            .any(|flag| flag == "LOWER_UP");
+        (lower_up && link["operstate"] != "DOWN").then_some(())
     });
 }

@@ -18,7 +18,7 @@ pub struct Member {
 pub fn far_members(lab: &Lab, vlans: &[&[TagBytes]]) -> Vec<Member> {
     let mut members = Vec::new();
     let mut rules = Vec::new();
-    let trunk = index(&lab.far, "far0");
+    let trunk = lab.far.index("far0");
     for (number, tags) in vlans.iter().enumerate() {
         let inside = Namespace::new("member");
         inside.enable_ipv6();
@@ -35,7 +35,7 @@ pub fn far_members(lab: &Lab, vlans: &[&[TagBytes]]) -> Vec<Member> {
         rules.push(PopRule {
             outer: tags[0],
             inner: tags.get(1).copied(),
-            target: index(&lab.far, &port),
+            target: lab.far.index(&port),
         });
         members.push(Member { inside });
     }
@@ -71,7 +71,7 @@ pub fn attach(
     name: &str,
     program: &[bpf::Instruction],
 ) {
-    let index = index(namespace, device);
+    let index = namespace.index(device);
     namespace.enter(|| {
         let program = bpf::load(ProgramKind::SchedCls, name, program).expect("it verifies");
         bpf::attach_tc(program.as_fd(), name, index, direction).expect("a tc hook");
@@ -83,9 +83,4 @@ fn vlan(tag: &TagBytes) -> TaggedVlan {
         tpid: tag.tpid,
         vid: tag.tci(),
     }
-}
-
-fn index(namespace: &Namespace, device: &str) -> u32 {
-    let link = namespace.link(device).expect("the device exists");
-    link["ifindex"].as_u64().expect("an index") as u32
 }

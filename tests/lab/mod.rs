@@ -110,6 +110,8 @@ impl Lab {
         // The far end sends whatever a test wants; the host's MTU is the one at test.
         self.far.ip("link set far0 mtu 9000 up");
         self.host.ip("link set up0 up");
+        guest::carrier(&self.host, "up0");
+        guest::carrier(&self.far, "far0");
     }
 
     /// Starts the daemon on `up0` with these further arguments and waits until it
@@ -122,7 +124,7 @@ impl Lab {
 
     /// Runs the daemon with exactly these arguments, expecting it to give up.
     pub fn failing_daemon(&self, arguments: &[&str]) -> Failure {
-        Failure::of(&self.host, &[], arguments)
+        Failure::of(&self.host, arguments)
     }
 
     /// The far end of the cable, for frames as they are.

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::process::{Command, Output};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use vlanswitchd::sys::bpf::Direction;
+use vlanswitchd::sys::bpf::tcx;
 
 /// What names of ours start with; then the process id, a number and a role.
 const PREFIX: &str = "vslab";
@@ -149,6 +151,34 @@ impl Namespace {
         let mut names: Vec<String> = list.as_array().unwrap().iter().map(name).collect();
         names.sort();
         names
+    }
+
+    /// All that a program could have changed about the devices: flags, MTU, names,
+    /// queueing, promiscuity, tc programs, IPv6. Two snapshots are compared as text.
+    pub fn snapshot(&self) -> String {
+        let mut text = self.shell(
+            "ip -details link show; tc qdisc show; ip -oneline address show scope global; \
+             tail -n +1 /proc/sys/net/ipv6/conf/*/disable_ipv6 2>/dev/null || true",
+        );
+        for device in self.devices() {
+            let index = self.index(&device);
+            let hooks = [Direction::Ingress, Direction::Egress];
+            let programs = hooks.map(|hook| {
+                self.enter(|| tcx::programs(index, hook).map_or(0, |programs| programs.len()))
+            });
+            text.push_str(&format!("{device}: tc programs {programs:?}\n"));
+            let features = self.tool("ethtool", &format!("-k {device}"));
+            text.push_str(&features);
+        }
+        text
+    }
+
+    /// Interface index of a device.
+    pub fn index(&self, device: &str) -> u32 {
+        let link = self
+            .link(device)
+            .unwrap_or_else(|| panic!("{device} exists"));
+        link["ifindex"].as_u64().expect("an index") as u32
     }
 
     /// A counter of the kernel's: `rx_packets`, `tx_packets`, `rx_dropped`, ...
