@@ -1,0 +1,216 @@
+//! What the machine is, what it is busy with, and what a measurement cost it.
+//!
+//! Processor time is that of the whole machine from `/proc/stat` (ticks of 10 ms, so windows of
+//! a second or more), because softirqs charge a datapath's work to whoever was interrupted.
+//! Time of processes that are neither ours nor the kernel's is summed apart: a window in which
+//! others ran is marked as disturbed.
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+/// Share of all processors that may be in use by others before a run is refused.
+pub const BUSY_LIMIT: f64 = 0.03;
+
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Totals since boot, in seconds over all processors.
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    busy: f64,
+    soft_interrupt: f64,
+    steal: f64,
+}
+
+/// A reading of the counters at one moment.
+pub struct Sample {
+    at: Instant,
+    totals: Totals,
+    foreign: HashMap<i32, f64>,
+}
+
+/// What a window cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Length of the window, seconds.
+    pub seconds: f64,
+    /// Time processors were not idle, seconds over all of them.
+    pub busy: f64,
+    /// Part of `busy` in soft interrupts, seconds.
+    pub soft_interrupt: f64,
+    /// Time the hypervisor took away, seconds.
+    pub steal: f64,
+    /// Part of `busy` spent by processes that have nothing to do with the benchmark, seconds.
+    pub foreign: f64,
+}
+
+impl Usage {
+    /// Whether the figures of this window are worth little.
+    pub fn disturbed(&self) -> bool {
+        let all = self.seconds * processors() as f64;
+        self.foreign + self.steal > all * BUSY_LIMIT
+    }
+}
+
+impl Sample {
+    /// Reads the counters now.
+    pub fn take() -> Result<Self> {
+        let foreign = foreign_seconds()?;
+        Ok(Self {
+            totals: totals()?,
+            at: Instant::now(),
+            foreign,
+        })
+    }
+
+    /// What happened from this reading to now.
+    pub fn usage(&self) -> Result<Usage> {
+        let at = Instant::now();
+        let now = totals()?;
+        let foreign = foreign_seconds()?
+            .iter()
+            .map(|(process, seconds)| {
+                (seconds - self.foreign.get(process).copied().unwrap_or(0.0)).max(0.0)
+            })
+            .sum();
+        Ok(Usage {
+            seconds: (at - self.at).as_secs_f64(),
+            busy: now.busy - self.totals.busy,
+            soft_interrupt: now.soft_interrupt - self.totals.soft_interrupt,
+            steal: now.steal - self.totals.steal,
+            foreign,
+        })
+    }
+}
+
+/// Number of processors the kernel gives us.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Watches for `time`, and gives the share of all processors that was busy meanwhile.
+pub fn busy_share(time: Duration) -> Result<f64> {
+    let before = Sample::take()?;
+    std::thread::sleep(time);
+    let usage = before.usage()?;
+    Ok((usage.busy + usage.steal) / (usage.seconds * processors() as f64))
+}
+
+/// Waits until the machine is idle; `false` if it was still busy at the deadline.
+pub fn wait_until_idle(deadline: Duration) -> Result<bool> {
+    let end = Instant::now() + deadline;
+    loop {
+        if busy_share(Duration::from_millis(200))? <= BUSY_LIMIT {
+            return Ok(true);
+        }
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+    }
+}
+
+fn totals() -> Result<Totals> {
+    let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+    let line = text.lines().next().context("/proc/stat is empty")?;
+    // proc(5): user nice system idle iowait irq softirq steal; guest time is part of user.
+    let fields: Vec<f64> = line
+        .split_whitespace()
+        .skip(1)
+        .map(|field| field.parse().unwrap_or(0.0) / TICKS_PER_SECOND)
+        .collect();
+    let field = |index: usize| fields.get(index).copied().unwrap_or(0.0);
+    Ok(Totals {
+        busy: field(0) + field(1) + field(2) + field(5) + field(6),
+        soft_interrupt: field(6),
+        steal: field(7),
+    })
+}
+
+/// Processor seconds, by process, of all processes but the kernel's threads, this process and
+/// its descendants. Time of ended children that were waited for is in their parents' figures.
+fn foreign_seconds() -> Result<HashMap<i32, f64>> {
+    let mut parents = HashMap::new();
+    let mut seconds = HashMap::new();
+    for entry in fs::read_dir("/proc")
+        .context("cannot list /proc")?
+        .flatten()
+    {
+        let Some(process) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        // A process may end between the listing and the reading.
+        let Ok(text) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        // The command's name may contain blanks and parentheses: fields are counted after it.
+        let Some((_, rest)) = text.rsplit_once(')') else {
+            continue;
+        };
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        let number = |index: usize| {
+            fields
+                .get(index)
+                .and_then(|field| field.parse::<i64>().ok())
+                .unwrap_or(0)
+        };
+        parents.insert(process, number(1) as i32);
+        let ticks: i64 = (11..=14).map(number).sum();
+        seconds.insert(process, ticks as f64 / TICKS_PER_SECOND);
+    }
+    let own = std::process::id() as i32;
+    let kernel = 2;
+    seconds.retain(|&process, _| {
+        let mut ancestor = process;
+        loop {
+            if ancestor == own || ancestor == kernel {
+                return false;
+            }
+            match parents.get(&ancestor) {
+                Some(&parent) if parent != 0 && parent != ancestor => ancestor = parent,
+                _ => return true,
+            }
+        }
+    });
+    // Our ancestors' figures include us once we are waited for, which is not during a run.
+    Ok(seconds)
+}
+
+/// Description of the machine for the report.
+pub fn describe() -> Value {
+    let read = |path: &str| {
+        fs::read_to_string(path)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
+    let processor = read("/proc/cpuinfo")
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("model name")
+                .map(|rest| rest.trim_start_matches([' ', '\t', ':']).to_owned())
+        })
+        .unwrap_or_else(|| "unknown".into());
+    let mebibytes = read("/proc/meminfo")
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("MemTotal:")
+                .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        })
+        .unwrap_or(0)
+        / 1024;
+    json!({
+        "kernel": read("/proc/sys/kernel/osrelease"),
+        "processor": processor,
+        "processors": processors(),
+        "memory_mib": mebibytes,
+        "virtual_machine": read("/proc/cpuinfo").contains(" hypervisor"),
+        "harness_commit": option_env!("GIT_COMMIT"),
+    })
+}
