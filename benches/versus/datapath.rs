@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 
 use super::kernel;
 use super::namespace::Namespace;
+use super::peers::Peer;
 
 /// The VLAN of the measured port.
 pub const VLAN: u16 = 101;
@@ -40,13 +41,15 @@ enum Kind {
     Macvtap,
     /// vlanswitchd, or any program whose arguments contain `{tap}`.
     Daemon(Vec<String>),
+    Peer(Peer),
 }
 
 /// A datapath that forwards; stops when dropped.
 pub struct Running {
     /// The guest's side.
     pub guest: File,
-    children: Vec<Child>,
+    /// Its programs.
+    pub children: Vec<Child>,
 }
 
 impl Datapath {
@@ -75,9 +78,45 @@ impl Datapath {
         })
     }
 
+    /// Another switch.
+    pub fn peer(peer: Peer) -> Self {
+        Self {
+            name: peer.name().into(),
+            kind: Kind::Peer(peer),
+        }
+    }
+
+    /// The program and arguments behind a column, for the record.
+    pub fn command(&self) -> String {
+        match &self.kind {
+            Kind::Daemon(words) => words.join(" "),
+            Kind::Macvtap | Kind::Peer(_) => self.name.clone(),
+        }
+    }
+
+    /// Why this machine cannot run it, if so.
+    pub fn absent(&self) -> Option<String> {
+        match self.kind {
+            Kind::Peer(peer) => peer.absent(),
+            Kind::Macvtap | Kind::Daemon(_) => None,
+        }
+    }
+
     /// Whether its frames carry the tag of [`VLAN`] on the uplink.
     pub fn tagged(&self) -> bool {
-        !matches!(self.kind, Kind::Macvtap)
+        match self.kind {
+            Kind::Macvtap => false,
+            Kind::Daemon(_) => true,
+            Kind::Peer(peer) => peer.tagged(),
+        }
+    }
+
+    /// Why it cannot carry bulk TCP between stacks with offloads, if so.
+    pub fn cannot_offload(&self) -> Option<&'static str> {
+        match self.kind {
+            Kind::Peer(peer) => peer.cannot_offload(),
+            Kind::Macvtap | Kind::Daemon(_) => None,
+        }
     }
 
     /// Whether it can have more than one mapped port.
@@ -88,9 +127,10 @@ impl Datapath {
     /// Starts it in `host`, where the uplink is up; returns when it forwards.
     pub fn start(&self, host: &Namespace, scratch: &Path, ports: usize) -> Result<Running> {
         match &self.kind {
-            Kind::Macvtap => start_macvtap(host, scratch),
+            Kind::Macvtap => start_macvtap(host, UPLINK, scratch),
             Kind::Daemon(words) if is_foreign(words) => start_foreign(host, words, scratch),
             Kind::Daemon(words) => start_daemon(host, words, scratch, ports),
+            Kind::Peer(peer) => peer.start(host, scratch),
         }
         .with_context(|| format!("{} did not start", self.name))
     }
@@ -100,9 +140,10 @@ fn is_foreign(words: &[String]) -> bool {
     words.iter().any(|word| word == "{tap}")
 }
 
-fn start_macvtap(host: &Namespace, scratch: &Path) -> Result<Running> {
+/// macvtap passthru on a device of the host.
+pub fn start_macvtap(host: &Namespace, lower: &str, scratch: &Path) -> Result<Running> {
     host.command(&format!(
-        "ip link add link {UPLINK} name mac0 address {GUEST_ADDRESS} type macvtap mode passthru"
+        "ip link add link {lower} name mac0 address {GUEST_ADDRESS} type macvtap mode passthru"
     ))?;
     host.command("ip link set mac0 up")?;
     // The device's number is in the namespace's own sysfs only.
@@ -155,7 +196,7 @@ fn start_daemon(
             format!("{}=tap{extra}", usize::from(VLAN) + extra),
         ]);
     }
-    let (child, log) = start_logged(host, &program, &arguments, scratch)?;
+    let (child, log) = start_logged(host, "daemon", &program, &arguments, scratch)?;
     let mut running = Children(vec![child]);
     wait_for(&mut running, &log, "forwarding", || {
         Ok(std::fs::read_to_string(&log)?
@@ -186,7 +227,7 @@ fn start_foreign(host: &Namespace, words: &[String], scratch: &Path) -> Result<R
         })
         .collect();
     let program = words.first().context("no program named")?;
-    let (child, log) = start_logged(host, program, &arguments, scratch)?;
+    let (child, log) = start_logged(host, "daemon", program, &arguments, scratch)?;
     let mut running = Children(vec![child]);
     wait_for(&mut running, &log, "listening on uplink and tap", || {
         let sockets = host.run(|| std::fs::read_to_string("/proc/thread-self/net/packet"))??;
@@ -209,13 +250,14 @@ fn start_foreign(host: &Namespace, words: &[String], scratch: &Path) -> Result<R
 }
 
 /// Starts a program with its output in a log in `scratch`.
-fn start_logged(
+pub fn start_logged(
     host: &Namespace,
+    name: &str,
     program: &str,
     arguments: &[String],
     scratch: &Path,
 ) -> Result<(Child, PathBuf)> {
-    let log = scratch.join("datapath.log");
+    let log = scratch.join(format!("{name}.log"));
     let out = File::create(&log)?;
     let err = out.try_clone()?;
     let child = host.start(program, arguments, Stdio::from(out), Stdio::from(err))?;
@@ -223,7 +265,7 @@ fn start_logged(
 }
 
 /// Waits for a condition while the programs live.
-fn wait_for(
+pub fn wait_for(
     children: &mut Children,
     log: &Path,
     what: &str,
@@ -249,10 +291,11 @@ fn wait_for(
 }
 
 /// Children that are stopped if the start fails half-way.
-struct Children(Vec<Child>);
+pub struct Children(pub Vec<Child>);
 
 impl Children {
-    fn take(mut self) -> Vec<Child> {
+    /// They live on.
+    pub fn take(mut self) -> Vec<Child> {
         std::mem::take(&mut self.0)
     }
 }

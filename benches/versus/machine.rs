@@ -7,9 +7,12 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// Share of all processors that may be in use by others before a run is refused.
@@ -86,9 +89,57 @@ impl Sample {
     }
 }
 
+/// Where threads and programs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processors {
+    /// Wherever the scheduler puts them.
+    Free,
+    /// Generators on the first processor, everything else on the others.
+    Split,
+}
+
+impl Processors {
+    /// Binds the calling thread, and all it starts from now on, to what is not a generator's.
+    pub fn take_rest(self) -> Result<()> {
+        let all = 0..processors();
+        match self {
+            Self::Free => bind(all),
+            Self::Split => bind(1..all.end.max(2)),
+        }
+    }
+
+    /// Binds the calling thread to a generator's place.
+    pub fn take_generator(self) -> Result<()> {
+        match self {
+            Self::Free => Ok(()),
+            Self::Split => bind(0..1),
+        }
+    }
+}
+
+fn bind(range: std::ops::Range<usize>) -> Result<()> {
+    let mut set = CpuSet::new();
+    for processor in range {
+        set.set(processor)?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &set)
+        .context("cannot bind a thread to processors (two are needed)")
+}
+
+/// Number of processors the machine has, whatever this thread is bound to.
+fn online() -> usize {
+    fs::read_to_string("/proc/stat").map_or(1, |text| {
+        text.lines()
+            .filter(|line| line.starts_with("cpu") && !line.starts_with("cpu "))
+            .count()
+            .max(1)
+    })
+}
+
 /// Number of processors the kernel gives us.
 pub fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(online)
 }
 
 /// Watches for `time`, and gives the share of all processors that was busy meanwhile.

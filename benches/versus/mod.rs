@@ -4,13 +4,17 @@
 //! { datapath, namespace, kernel, machine, statistics }. Nothing here is used by the product.
 
 pub mod datapath;
+pub mod flood;
 pub mod kernel;
 pub mod machine;
 pub mod namespace;
 pub mod options;
+pub mod peers;
 pub mod report;
+pub mod round_trip;
 pub mod run;
 pub mod scene;
 pub mod statistics;
+pub mod stream;
 pub mod traffic;
 pub mod workload;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::statistics::{Spread, spread};
-use super::workload::{Figures, Workload};
+use super::workload::{Outcome, Workload};
 
 /// One measurement.
 #[derive(Clone, Debug)]
@@ -17,7 +17,7 @@ pub struct Measurement {
     /// Name of the column.
     pub datapath: String,
     /// What was found.
-    pub figures: Figures,
+    pub outcome: Outcome,
 }
 
 /// Everything measured in a run.
@@ -34,7 +34,7 @@ impl Results {
         self.measurements
             .iter()
             .filter(|made| made.workload == workload && made.datapath == datapath)
-            .filter_map(|made| Some((made.round, *made.figures.get(figure)?)))
+            .filter_map(|made| Some((made.round, *made.outcome.figures.get(figure)?)))
             .collect()
     }
 
@@ -69,7 +69,8 @@ impl Results {
         self.measurements
             .iter()
             .filter(|made| {
-                made.figures
+                made.outcome
+                    .figures
                     .get("disturbed")
                     .is_some_and(|&flag| flag > 0.0)
             })
@@ -135,7 +136,7 @@ impl Results {
             .map(|made| {
                 json!({
                     "round": made.round, "workload": made.workload, "datapath": made.datapath,
-                    "figures": made.figures,
+                    "figures": made.outcome.figures, "curves": made.outcome.curves,
                 })
             })
             .collect();

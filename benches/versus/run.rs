@@ -1,20 +1,28 @@
 //! One run of the harness: checks, rounds, report.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::datapath::Datapath;
-use super::machine::{self, BUSY_LIMIT};
+use super::machine::{self, BUSY_LIMIT, Processors};
 use super::options::Options;
+use super::peers::Peer;
 use super::report::{Measurement, Results};
-use super::workload::{Direction, Timing, Workload};
+use super::workload::{Bench, Workload};
+
+/// The column that ratios are taken against.
+const BASE: &str = "macvtap";
 
 /// Does what the command line asks for.
 pub fn run(options: &Options) -> Result<()> {
-    let datapaths = datapaths(options)?;
+    if !nix::unistd::geteuid().is_root() {
+        bail!("needs root: it makes network namespaces, taps and packet sockets");
+    }
+    let (datapaths, absent) = datapaths(options)?;
     let workloads = workloads(options);
     if options.list {
         for workload in &workloads {
@@ -23,32 +31,56 @@ pub fn run(options: &Options) -> Result<()> {
         for datapath in &datapaths {
             println!("datapath {}", datapath.name);
         }
+    }
+    for (name, reason) in &absent {
+        println!("absent   {name}: {reason}");
+    }
+    if options.list {
         return Ok(());
     }
-    if !nix::unistd::geteuid().is_root() {
-        bail!("needs root: it makes network namespaces, taps and packet sockets");
-    }
-    let timing = Timing {
-        window: Duration::from_secs_f64(options.window()?),
-        warm_up: Duration::from_millis(if options.quick { 300 } else { 1000 }),
-    };
     let machine = machine::describe();
-    println!("machine: {machine}");
+    println!("machine  {machine}");
+    let processors = if options.pin {
+        Processors::Split
+    } else {
+        Processors::Free
+    };
+    println!(
+        "pinning  {}",
+        match processors {
+            Processors::Free => "none: the scheduler places everything",
+            Processors::Split =>
+                "generators on CPU 0, all else on the others; none for TCP and round trips",
+        }
+    );
     check_idle(options)?;
     let scratch = Scratch::new()?;
-    let results = measure(options, &datapaths, &workloads, timing, &scratch.0)?;
+    let mut bench = Bench {
+        scratch: &scratch.0,
+        window: Duration::from_secs_f64(options.window()?),
+        warm_up: Duration::from_millis(if options.quick { 300 } else { 1000 }),
+        processors,
+        lossless: BTreeMap::new(),
+    };
+    let begun = Instant::now();
+    let results = measure(options, &datapaths, &workloads, &mut bench)?;
     let names: Vec<String> = datapaths
         .iter()
         .map(|datapath| datapath.name.clone())
         .collect();
     println!("\n{}", results.table(&workloads, &names, BASE));
+    let run = json!({
+        "machine": machine, "rounds": options.rounds(), "window_seconds": options.window()?,
+        "quick": options.quick, "pinned": options.pin, "forced": options.force,
+        "began_unix_seconds": SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() - begun.elapsed().as_secs(),
+        "took_seconds": begun.elapsed().as_secs(), "datapaths": names,
+        "commands": datapaths.iter().map(Datapath::command).collect::<Vec<_>>(),
+        "absent": absent.into_iter().collect::<BTreeMap<_, _>>(),
+    });
+    let report = results.to_json(run, &workloads, &names, BASE);
     if let Some(file) = &options.json {
-        let run = json!({
-            "machine": machine, "rounds": options.rounds(), "window_seconds": options.window()?,
-            "quick": options.quick, "pinned": options.pin, "datapaths": names,
-        });
-        let text = serde_json::to_string_pretty(&results.to_json(run, &workloads, &names, BASE))?;
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        std::fs::write(file, serde_json::to_string_pretty(&report)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
     if results.measurements.is_empty() {
         bail!("nothing was measured");
@@ -56,10 +88,8 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The column that ratios are taken against.
-const BASE: &str = "macvtap";
-
-fn datapaths(options: &Options) -> Result<Vec<Datapath>> {
+/// What can be compared here, and what cannot with the reason.
+fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Vec<(String, String)>)> {
     let mut all = vec![Datapath::macvtap()];
     if options.daemon.is_empty() {
         all.push(Datapath::daemon(
@@ -73,6 +103,7 @@ fn datapaths(options: &Options) -> Result<Vec<Datapath>> {
             &format!("daemon-{}", number + 1),
         )?);
     }
+    all.extend(Peer::ALL.map(Datapath::peer));
     let named = |datapath: &Datapath| {
         options
             .only
@@ -82,24 +113,19 @@ fn datapaths(options: &Options) -> Result<Vec<Datapath>> {
     if all.iter().any(named) {
         all.retain(|datapath| datapath.name == BASE || named(datapath));
     }
-    Ok(all)
+    let mut absent = Vec::new();
+    all.retain(|datapath| match datapath.absent() {
+        None => true,
+        Some(reason) => {
+            absent.push((datapath.name.clone(), reason));
+            false
+        }
+    });
+    Ok((all, absent))
 }
 
 fn workloads(options: &Options) -> Vec<Workload> {
-    let mut all = Vec::new();
-    for direction in [Direction::ToWire, Direction::ToGuest] {
-        for length in [60, 512, 1514] {
-            all.push(Workload::Flood { direction, length });
-        }
-    }
-    for direction in [Direction::ToWire, Direction::ToGuest] {
-        for streams in [1, 8] {
-            all.push(Workload::Tcp { direction, streams });
-        }
-    }
-    for pause in [Duration::ZERO, Duration::from_millis(1)] {
-        all.push(Workload::RoundTrip { pause });
-    }
+    let mut all = Workload::all();
     let named = |workload: &Workload| {
         options
             .only
@@ -135,23 +161,42 @@ fn measure(
     options: &Options,
     datapaths: &[Datapath],
     workloads: &[Workload],
-    timing: Timing,
-    scratch: &Path,
+    bench: &mut Bench,
 ) -> Result<Results> {
     let mut results = Results::default();
-    let total = options.rounds() * datapaths.len() * workloads.len();
+    for workload in workloads {
+        for datapath in datapaths {
+            if let Some(reason) = workload.cannot(datapath) {
+                results
+                    .failures
+                    .push((workload.name(), datapath.name.clone(), reason.into()));
+            }
+        }
+    }
+    let total = options.rounds() * (datapaths.len() * workloads.len() - results.failures.len());
+    let begun = Instant::now();
     let mut done = 0;
     for round in 0..options.rounds() {
         for workload in workloads {
-            let mut order: Vec<&Datapath> = datapaths.iter().collect();
+            let mut order: Vec<&Datapath> = datapaths
+                .iter()
+                .filter(|datapath| workload.cannot(datapath).is_none())
+                .collect();
             if round % 2 == 1 {
                 order.reverse();
             }
             for datapath in order {
-                done += 1;
                 let name = workload.name();
+                let left = begun.elapsed().as_secs_f64() / f64::from(done.max(1))
+                    * (total as f64 - f64::from(done));
+                done += 1;
+                let left = if done == 1 {
+                    String::new()
+                } else {
+                    format!(" (about {:.0} min left)", left / 60.0)
+                };
                 eprintln!(
-                    "[{done}/{total}] round {} {name} {}",
+                    "[{done}/{total}] round {} {name} {}{left}",
                     round + 1,
                     datapath.name
                 );
@@ -160,16 +205,16 @@ fn measure(
                         "WARNING: the machine became busy; this measurement is not to be quoted"
                     );
                 }
-                match workload.measure(datapath, scratch, timing) {
-                    Ok(figures) => {
+                match workload.measure(datapath, bench) {
+                    Ok(outcome) => {
                         if options.verbose {
-                            eprintln!("    {figures:.3?}");
+                            eprintln!("    {:.3?}", outcome.figures);
                         }
                         results.measurements.push(Measurement {
                             round,
                             workload: name,
                             datapath: datapath.name.clone(),
-                            figures,
+                            outcome,
                         });
                     }
                     Err(error) => {

@@ -22,6 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, bind, setsockopt, socket, sockopt};
 
 use super::kernel::{Burst, HEADER_LENGTH};
+use super::machine::Processors;
 use super::namespace::Namespace;
 
 /// EtherType of generated frames that are load, not conversation: IEEE local experimental.
@@ -66,20 +67,25 @@ impl Worker {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Whether its work is done by itself.
-    pub fn finished(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    /// Waits until it ends by itself; its count, or what went wrong in it.
+    pub fn finish(mut self) -> Result<u64> {
+        self.join()?;
+        Ok(self.count())
+    }
+
+    fn join(&mut self) -> Result<()> {
+        match self.thread.take() {
+            Some(thread) => thread
+                .join()
+                .map_err(|_| anyhow!("a traffic thread panicked"))?,
+            None => Ok(()),
+        }
     }
 
     /// Stops the thread; the count at its end, or what went wrong in it.
-    pub fn stop(mut self) -> Result<u64> {
+    pub fn stop(self) -> Result<u64> {
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread
-                .join()
-                .map_err(|_| anyhow!("a traffic thread panicked"))??;
-        }
-        Ok(self.count())
+        self.finish()
     }
 }
 
@@ -108,20 +114,37 @@ fn frame(length: usize, to: [u8; 6], from: [u8; 6], vlan: Option<u16>) -> Vec<u8
     frame
 }
 
-/// Writes frames of `length` octets to the guest's descriptor as fast as it takes them.
-/// Closed-loop, as a virtual machine is: the write does the sending. Counts frames taken.
-pub fn guest_sender(guest: &File, length: usize) -> Result<Worker> {
+/// Writes frames of `length` octets to the guest's descriptor, one system call each; stops by
+/// itself after `limit` frames. Counts frames taken. A flood is closed-loop, as a virtual machine
+/// is: the write does the sending.
+pub fn guest_sender(
+    guest: &File,
+    length: usize,
+    pace: Pace,
+    limit: u64,
+    processors: Processors,
+) -> Result<Worker> {
     let mut guest = guest.try_clone()?;
     let mut buffer = vec![0; HEADER_LENGTH];
     buffer.extend(frame(length, FAR_MAC, GUEST_MAC, None));
     Worker::start("guest-sender", move |stop, count| {
-        while !stop.load(Ordering::Relaxed) {
-            for _ in 0..BURST {
+        processors.take_generator()?;
+        let mut clock = Clock::new(pace);
+        let mut sent = 0;
+        while !stop.load(Ordering::Relaxed) && sent < limit {
+            let now = u64::try_from(clock.wait(stop).min(BURST))?.min(limit - sent);
+            for _ in 0..now {
                 match guest.write(&buffer) {
-                    Ok(_) => _ = count.fetch_add(1, Ordering::Relaxed),
-                    Err(error) => tolerate(error).context("the guest cannot send")?,
+                    Ok(_) => sent += 1,
+                    Err(error) => {
+                        tolerate(error).context("the guest cannot send")?;
+                        // Offered and not taken: lost, as far as the guest is concerned.
+                        sent += u64::from(!matches!(pace, Pace::Flood));
+                    }
                 }
+                count.store(sent, Ordering::Relaxed);
             }
+            clock.sent(now);
         }
         Ok(())
     })
@@ -196,7 +219,7 @@ fn wait_readable(file: &File) -> Result<()> {
     }
 }
 
-/// How fast the wire's generator sends.
+/// How fast a generator sends.
 #[derive(Clone, Copy, Debug)]
 pub enum Pace {
     /// As fast as it can.
@@ -217,12 +240,14 @@ pub fn wire_sender(
     vlan: Option<u16>,
     pace: Pace,
     limit: u64,
+    processors: Processors,
 ) -> Result<Worker> {
     let bytes = frame(length, GUEST_MAC, FAR_MAC, vlan);
     let far = Arc::clone(far);
     let device = device.to_owned();
     Worker::start("wire-sender", move |stop, count| {
         far.enter()?;
+        processors.take_generator()?;
         let wire = wire_socket(&device)?;
         let mut burst = Burst::new(bytes, BURST);
         let mut clock = Clock::new(pace);
@@ -234,7 +259,7 @@ pub fn wire_sender(
                 .min(usize::try_from(limit - sent).unwrap_or(BURST));
             match burst.send(&wire, now) {
                 Ok(taken) => {
-                    clock.sent(taken);
+                    clock.sent(taken as u64);
                     sent += taken as u64;
                     count.store(sent, Ordering::Relaxed);
                 }
@@ -317,7 +342,7 @@ impl Clock {
         self.started.elapsed().as_secs_f64() * rate - self.sent
     }
 
-    fn sent(&mut self, frames: usize) {
+    fn sent(&mut self, frames: u64) {
         self.sent += frames as f64;
     }
 }
