@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use vlanswitchd::sys::bpf::{
-    COUNTER_FRAMES, PerCpuArrayMap, ProgramKind, XdpMode, attach_xdp, load, tcx, vlan_pop_program,
-    vlan_push_program, xdp_count_drop_program,
+    COUNTER_FRAMES, Direction, PerCpuArrayMap, ProgramKind, XdpMode, attach_xdp, load, tcx,
+    vlan_pop_program, vlan_push_program, xdp_count_drop_program,
 };
 
 use super::datapath::{Datapath, GUEST_ADDRESS, Running, UPLINK, VLAN};
@@ -104,8 +104,8 @@ impl Scene {
                     &vlan_push_program(0x8100, vlan)?,
                 )?;
                 let pop = load(ProgramKind::SchedCls, "bench_pop", &vlan_pop_program()?)?;
-                tcx::attach(push.as_fd(), device, tcx::Direction::Egress)?;
-                tcx::attach(pop.as_fd(), device, tcx::Direction::Ingress)?;
+                tcx::attach(push.as_fd(), device, Direction::Egress)?;
+                tcx::attach(pop.as_fd(), device, Direction::Ingress)?;
                 anyhow::Ok(())
             })??;
         }
