@@ -10,6 +10,7 @@ pub mod machine;
 pub mod namespace;
 pub mod options;
 pub mod peers;
+pub mod plots;
 pub mod report;
 pub mod round_trip;
 pub mod run;

@@ -1,16 +1,17 @@
 //! One run of the harness: checks, rounds, report.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::datapath::Datapath;
 use super::machine::{self, BUSY_LIMIT, Processors};
 use super::options::Options;
 use super::peers::Peer;
+use super::plots;
 use super::report::{Measurement, Results};
 use super::workload::{Bench, Workload};
 
@@ -19,6 +20,11 @@ const BASE: &str = "macvtap";
 
 /// Does what the command line asks for.
 pub fn run(options: &Options) -> Result<()> {
+    if let (Some(file), Some(folder)) = (&options.replot, &options.plots) {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read {}", file.display()))?;
+        return draw(&serde_json::from_str(&text)?, folder);
+    }
     if !nix::unistd::geteuid().is_root() {
         bail!("needs root: it makes network namespaces, taps and packet sockets");
     }
@@ -82,8 +88,18 @@ pub fn run(options: &Options) -> Result<()> {
         std::fs::write(file, serde_json::to_string_pretty(&report)?)
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
+    if let Some(folder) = &options.plots {
+        draw(&report, folder)?;
+    }
     if results.measurements.is_empty() {
         bail!("nothing was measured");
+    }
+    Ok(())
+}
+
+fn draw(report: &Value, folder: &Path) -> Result<()> {
+    for file in plots::draw(report, folder)? {
+        println!("plot {}", folder.join(file).display());
     }
     Ok(())
 }
