@@ -5,6 +5,7 @@
 //! configuration or talks to people.
 
 mod burst;
+mod chains;
 mod counters;
 mod pace;
 mod worker;

@@ -12,12 +12,13 @@
 //! epoll. Commands come from control by channel and waker.
 
 use super::burst::{Abilities, Handling, Lane, SegmentSpace, Toward, rewrite};
+use super::chains::Chains;
 use super::counters::{PortShared, UplinkShared};
 use super::pace::{Pace, PollMode, Step};
-use crate::frame::TagStack;
+use crate::frame::{TAG_LEN, TagStack};
 use crate::port::Device;
 use crate::switch::{DropReason, GuestVerdict, PortIndex, Table, UplinkVerdict};
-use crate::sys::packet::{BURST, Burst, CopyPool, SendSpace};
+use crate::sys::packet::{BURST, Burst, CopyPool, Received, SendSpace};
 use arrayvec::ArrayVec;
 use crossbeam_channel::{Receiver, Sender};
 use mio::unix::SourceFd;
@@ -74,14 +75,12 @@ pub struct Slot {
     shed_until: Option<Instant>,
     hot: bool,
     empty_rounds: u32,
-    /// First and last frame for this port in the burst at hand.
-    chain: Option<(u8, u8)>,
 }
 
 impl Slot {
     /// A port without a device.
     pub fn new(shared: Arc<PortShared>) -> Self {
-        Self { shared, device: None, shed_until: None, hot: false, empty_rounds: 0, chain: None }
+        Self { shared, device: None, shed_until: None, hot: false, empty_rounds: 0 }
     }
 }
 
@@ -199,10 +198,10 @@ impl Worker {
 
     /// Moves one burst from everywhere; whether there was any frame.
     pub fn round(&mut self, now: Instant) -> bool {
-        let mut moved = self.from_uplink(now);
+        let mut moved = self.serve_uplink(now);
         let mut position = 0;
         while let Some(port) = self.hot.get(position).copied() {
-            let busy = self.from_guest(port, now);
+            let busy = self.serve_guest(port, now);
             moved |= busy;
             if self.cooled(port, busy) {
                 self.hot.swap_remove(position);
@@ -220,49 +219,17 @@ impl Worker {
         !slot.hot
     }
 
-    fn from_uplink(&mut self, now: Instant) -> bool {
+    /// Moves a burst from the uplink to the ports it belongs to.
+    fn serve_uplink(&mut self, now: Instant) -> bool {
         let Some(uplink) = self.uplink.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
-        let shared = &self.uplink_shared;
         let mut burst = Burst::new();
         let lost = uplink.receive(&mut self.copies, &mut burst);
-        let mut links = [(0u8, Handling::Whole); BURST];
-        let mut ports = ArrayVec::<PortIndex, BURST>::new();
-        let (mut bytes, mut handed) = (0, 0);
-        for ((position, frame), place) in (0u8..).zip(burst.iter_mut()).zip(0..) {
-            let length = wire_len(frame);
-            bytes += length;
-            let Ok(tags) = TagStack::read(frame.stripped, frame.buffer.frame()) else {
-                shared.from_wire.add_drops(DropReason::Malformed, 1);
-                continue;
-            };
-            let verdict = self.table.decide_from_uplink(&tags);
-            let (UplinkVerdict::Forward { port, .. } | UplinkVerdict::Drop { port, .. }) = verdict else {
-                shared.from_wire.add_drops(DropReason::UnmappedVlan, 1);
-                continue;
-            };
+        let moved = lost > 0 || !burst.is_empty();
+        let chains = sort(&mut burst, lost, &self.table, &self.slots, &self.uplink_shared, self.abilities);
+        for (port, positions) in chains.iter() {
             let Some(slot) = self.slots.get_mut(port) else { continue };
-            handed += 1;
-            slot.shared.to_guest.add_in(1, length);
-            let rewritten = match verdict {
-                UplinkVerdict::Forward { edit, .. } => {
-                    rewrite(frame, &edit, self.abilities, slot.shared.link.mtu())
-                }
-                UplinkVerdict::Drop { reason, .. } => Err(reason),
-                UplinkVerdict::Unmapped => Err(DropReason::UnmappedVlan),
-            };
-            match rewritten {
-                Ok(handling) => chain(slot, port, position, place, handling, &mut links, &mut ports),
-                Err(reason) => slot.shared.to_guest.add_drops(reason, 1),
-            }
-        }
-        shared.from_wire.add_in(burst.len() as u64 + lost, bytes);
-        shared.from_wire.add_out(handed, 0);
-        shared.from_wire.add_drops(DropReason::RingOverrun, lost);
-        for port in ports {
-            let Some(slot) = self.slots.get_mut(port) else { continue };
-            let chained = Chained { links: &links, range: slot.chain.take() };
             let mut lane = Lane {
                 device: slot.device.as_deref_mut(),
                 link: &slot.shared.link,
@@ -273,17 +240,15 @@ impl Worker {
                 space: &mut self.space,
                 segments: &mut self.segments,
             };
-            lane.send_frames(chained.filter_map(|(position, handling)| {
-                Some((burst.get(usize::from(position))?, handling))
-            }));
+            lane.send_frames(positions.filter_map(|(at, handling)| Some((burst.get(at)?, handling))));
         }
-        let moved = lost > 0 || !burst.is_empty();
         drop(burst);
         uplink.release();
         moved
     }
 
-    fn from_guest(&mut self, port: PortIndex, now: Instant) -> bool {
+    /// Moves a burst from a port's guest to the uplink.
+    fn serve_guest(&mut self, port: PortIndex, now: Instant) -> bool {
         let Some(slot) = self.slots.get_mut(port) else { return false };
         let Some(device) = slot.device.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
@@ -292,6 +257,7 @@ impl Worker {
         let mtu = self.uplink_shared.link.mtu();
         let mut burst = Burst::new();
         let lost = device.receive(&mut self.copies, &mut burst);
+        let moved = lost > 0 || !burst.is_empty();
         let mut handlings = ArrayVec::<Option<Handling>, BURST>::new();
         let mut bytes = 0;
         for frame in &mut burst {
@@ -323,7 +289,6 @@ impl Worker {
         };
         let frames = burst.iter().zip(&handlings);
         lane.send_frames(frames.filter_map(|(frame, handling)| Some((frame, (*handling)?))));
-        let moved = lost > 0 || !burst.is_empty();
         drop(burst);
         device.release();
         moved
@@ -396,8 +361,8 @@ impl Worker {
         let now = Instant::now();
         while now.elapsed() < DRAIN_TIME
             && match port {
-                None => self.from_uplink(now),
-                Some(port) => self.from_guest(port, now),
+                None => self.serve_uplink(now),
+                Some(port) => self.serve_guest(port, now),
             }
         {}
         let device = match port {
@@ -433,56 +398,47 @@ fn heat(slots: &mut [Slot], hot: &mut Vec<PortIndex>, port: PortIndex) {
 
 /// Length of a frame on the wire, in bytes: its tags included, wherever they are.
 #[inline]
-fn wire_len(frame: &crate::sys::packet::Received<'_>) -> u64 {
-    let stripped = if frame.stripped.is_some() { crate::frame::TAG_LEN } else { 0 };
+fn wire_len(frame: &Received<'_>) -> u64 {
+    let stripped = if frame.stripped.is_some() { TAG_LEN } else { 0 };
     (frame.buffer.frame_len() + stripped) as u64
 }
 
-type Links = [(u8, Handling); BURST];
-
-/// Appends a frame to the chain of its port.
-#[inline]
-fn chain(
-    slot: &mut Slot,
-    port: PortIndex,
-    position: u8,
-    place: usize,
-    handling: Handling,
-    links: &mut Links,
-    ports: &mut ArrayVec<PortIndex, BURST>,
-) {
-    let first = match slot.chain {
-        None => {
-            ports.push(port);
-            position
+/// Decides about each frame from the uplink, rewrites it, and counts it in.
+fn sort(
+    burst: &mut Burst<'_>,
+    lost: u64,
+    table: &Table,
+    slots: &[Slot],
+    uplink: &UplinkShared,
+    abilities: Abilities,
+) -> Chains {
+    let mut chains = Chains::default();
+    let (mut bytes, mut handed) = (0, 0);
+    for (position, frame) in (0u8..).zip(burst.iter_mut()) {
+        let length = wire_len(frame);
+        bytes += length;
+        let Ok(tags) = TagStack::read(frame.stripped, frame.buffer.frame()) else {
+            uplink.from_wire.add_drops(DropReason::Malformed, 1);
+            continue;
+        };
+        let (port, edit) = match table.decide_from_uplink(&tags) {
+            UplinkVerdict::Forward { port, edit } => (port, Ok(edit)),
+            UplinkVerdict::Drop { port, reason } => (port, Err(reason)),
+            UplinkVerdict::Unmapped => (PortIndex::MAX, Err(DropReason::UnmappedVlan)),
+        };
+        let Some(shared) = slots.get(port).map(|slot| &slot.shared) else {
+            uplink.from_wire.add_drops(DropReason::UnmappedVlan, 1);
+            continue;
+        };
+        handed += 1;
+        shared.to_guest.add_in(1, length);
+        match edit.and_then(|edit| rewrite(frame, &edit, abilities, shared.link.mtu())) {
+            Ok(handling) => chains.append(port, position, handling),
+            Err(reason) => shared.to_guest.add_drops(reason, 1),
         }
-        Some((first, last)) => {
-            if let Some(link) = links.get_mut(usize::from(last)) {
-                link.0 = position;
-            }
-            first
-        }
-    };
-    slot.chain = Some((first, position));
-    if let Some(link) = links.get_mut(place) {
-        *link = (0, handling);
     }
-}
-
-/// Walks a port's chain: positions in the burst and how to send them.
-struct Chained<'l> {
-    links: &'l Links,
-    range: Option<(u8, u8)>,
-}
-
-impl Iterator for Chained<'_> {
-    type Item = (u8, Handling);
-
-    #[inline]
-    fn next(&mut self) -> Option<Self::Item> {
-        let (position, last) = self.range?;
-        let (next, handling) = *self.links.get(usize::from(position))?;
-        self.range = (position != last).then_some((next, last));
-        Some((position, handling))
-    }
+    uplink.from_wire.add_in(burst.len() as u64 + lost, bytes);
+    uplink.from_wire.add_out(handed, 0);
+    uplink.from_wire.add_drops(DropReason::RingOverrun, lost);
+    chains
 }
