@@ -16,7 +16,7 @@ fn bytes(longest: usize) -> impl Strategy<Value = Vec<u8>> {
 fn likely_super_frame() -> impl Strategy<Value = Vec<u8>> {
     let header = (
         prop_oneof![3 => Just(1_u8), 1 => any::<u8>()],
-        prop_oneof![Just(1_u8), Just(4), Just(5), Just(0x81), any::<u8>()],
+        prop_oneof![Just(0_u8), Just(1), Just(4), Just(5), Just(0x81), any::<u8>()],
         0..200_u16,
         prop_oneof![Just(34_u16), Just(38), Just(54), 0..120_u16, any::<u16>()],
         prop_oneof![Just(16_u16), Just(6), any::<u16>()],

@@ -69,6 +69,14 @@ fn check(received: VnetHeader, frame: &[u8]) {
     }
     let checksum_end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
     assert!(checksum_end <= frame.len());
+    let mut tags_end = 12;
+    while Tpid::ALL
+        .iter()
+        .any(|tpid| frame[tags_end..].starts_with(&tpid.ethertype().to_be_bytes()))
+    {
+        tags_end += 4;
+    }
+    assert!(usize::from(header.csum_start) >= tags_end + 2, "the kernel would overwrite a tag");
     assert!(header.hdr_len == 0 || usize::from(header.hdr_len) >= checksum_end);
     if header.is_gso() {
         let found = transport(frame).expect("a plain super-frame has a transport header");

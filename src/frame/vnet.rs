@@ -150,7 +150,12 @@ fn linear_len(frame_len: usize, needed: usize) -> u16 {
 #[inline]
 fn check_checksum(header: VnetHeader, frame: &[u8]) -> Offload {
     let needed = checksum_end(header);
-    if needed > frame.len() {
+    // Among the MAC addresses and tags the kernel would write the checksum over a
+    // tag checked or pushed here: a guest could choose its VLAN. Kernels since 2024
+    // refuse it (`virtio_net_hdr_to_skb`, "add more sanity check"), older ones not.
+    let behind_tags = headers::ethertype(frame, 0)
+        .is_some_and(|(_, payload)| usize::from(header.csum_start) >= payload);
+    if needed > frame.len() || !behind_tags {
         return Offload::Bad;
     }
     Offload::Plain(VnetHeader {
@@ -301,6 +306,20 @@ mod tests {
         );
         let nowhere = VnetHeader { csum_start: u16::MAX, csum_offset: u16::MAX, ..header };
         assert_eq!(check_offload(nowhere, &[0; 9000]), Offload::Bad);
+    }
+
+    #[test]
+    fn a_checksum_is_never_written_into_the_tags() {
+        for tags in 0..4 {
+            let frame = tcp_v4(tags, 100);
+            for csum_start in 0..34 + 4 * tags as u16 {
+                let header =
+                    VnetHeader { flags: FLAG_NEEDS_CSUM, csum_start, ..VnetHeader::default() };
+                let behind = usize::from(csum_start) >= 14 + 4 * tags;
+                let expected = if behind { Offload::Plain(header) } else { Offload::Bad };
+                assert_eq!(check_offload(header, &frame), expected, "{tags} tags");
+            }
+        }
     }
 
     #[test]
