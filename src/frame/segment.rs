@@ -7,7 +7,7 @@
 //!
 //! [`Segmenter::new`] walks the headers from the outside until a transport header
 //! stands exactly at `csum_start`, and writes down on the way what has to be
-//! mended in each segment (a [`Layer`] each). [`Segmenter::next_into`] then copies
+//! mended in each segment (a `Layer` each). [`Segmenter::next_into`] then copies
 //! the headers and the next `gso_size` bytes of payload, and mends from the inside
 //! out, because each checksum covers what is inside it:
 //!
