@@ -10,9 +10,13 @@ use crate::control::host::{FoundPort, FoundUplink, Host, HostError};
 use crate::control::links::{LinkError, LinkEvent, LinkMonitor, LinkState};
 use crate::control::mapping::{DeviceKind, PortConfig, is_reserved};
 use crate::control::privileges::{self, MissingCapabilities};
-use crate::control::report::{PortReport, Report, SentReport, UnmappedReport, UplinkReport, port_state};
+use crate::control::report::{
+    PortReport, Report, SentReport, UnmappedReport, UplinkReport, port_state,
+};
 use crate::control::{mtu, probe};
-use crate::dataplane::{Command, Departed, PortShared, UplinkShared, Worker, WorkerError, WorkerHandle};
+use crate::dataplane::{
+    Command, Departed, PortShared, UplinkShared, Worker, WorkerError, WorkerHandle,
+};
 use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
 use crate::switch::PortIndex;
 use crate::sys::bpf::{BpfError, UplinkFilter};
@@ -112,7 +116,9 @@ fn packet_cure(error: &PacketError) -> &'static str {
         Errno::ENOMEM | Errno::ENOBUFS => {
             ": the kernel refused the memory; free some, or raise the memory limit of the service"
         }
-        Errno::EMFILE | Errno::ENFILE => ": raise the limit of open files (ulimit -n, LimitNOFILE=)",
+        Errno::EMFILE | Errno::ENFILE => {
+            ": raise the limit of open files (ulimit -n, LimitNOFILE=)"
+        }
         Errno::EPERM => ": CAP_NET_RAW is missing",
         Errno::ENOPROTOOPT | Errno::EINVAL => {
             ": this kernel lacks the feature; vlanswitchd needs Linux 5.10 or newer with CONFIG_PACKET"
@@ -185,8 +191,7 @@ impl Daemon {
         }
         filter.claim_untagged(config.table.claims_untagged())?;
         let uplink_mtu = uplink_mtu(&config, &monitor);
-        let uplink =
-            Uplink { shared: Arc::default(), filter, mtu: uplink_mtu, attached: None };
+        let uplink = Uplink { shared: Arc::default(), filter, mtu: uplink_mtu, attached: None };
         let ports: Vec<Port> = config
             .ports
             .into_iter()
@@ -226,7 +231,11 @@ impl Daemon {
     ///
     /// # Errors
     /// When the control loop itself fails.
-    pub fn run(mut self, announce: impl FnOnce(&str), mut show: impl FnMut(&str)) -> io::Result<()> {
+    pub fn run(
+        mut self,
+        announce: impl FnOnce(&str),
+        mut show: impl FnMut(&str),
+    ) -> io::Result<()> {
         announce(&self.banner());
         let result = self.follow(&mut show);
         self.stop();
@@ -315,7 +324,8 @@ impl Daemon {
         });
         let created = in_parallel(missing.collect(), |options| {
             let name = options.name.clone();
-            let created = tap::create(&options).map(|()| nix::net::if_::if_nametoindex(name.as_str()));
+            let created =
+                tap::create(&options).map(|()| nix::net::if_::if_nametoindex(name.as_str()));
             (name, created)
         });
         let mut result = Ok(());
@@ -339,7 +349,8 @@ impl Daemon {
             self.attach_internal(position, &name)?;
             return Ok(None);
         }
-        let created = self.created.iter().find(|(created, _)| *created == name).map(|(_, index)| *index);
+        let created =
+            self.created.iter().find(|(created, _)| *created == name).map(|(_, index)| *index);
         let link = match created {
             Some(index) => Some(self.host.link(index)?),
             None => self.monitor.links().by_name(&name).cloned(),
@@ -509,9 +520,10 @@ impl Daemon {
             }
             return;
         }
-        let waiting = self.ports.iter().position(|port| {
-            port.config.device == link.name && port.attached.is_none()
-        });
+        let waiting = self
+            .ports
+            .iter()
+            .position(|port| port.config.device == link.name && port.attached.is_none());
         if let Some(position) = waiting {
             match self.adopt(position, link) {
                 Ok(()) => info!("{}: attached", link.name),
@@ -536,7 +548,9 @@ impl Daemon {
             self.uplink.shared.from_wire.add_overruns(counter.take().overruns);
         }
         for port in &self.ports {
-            if let Some(counter) = port.attached.as_ref().and_then(|attached| attached.counter.as_ref()) {
+            if let Some(counter) =
+                port.attached.as_ref().and_then(|attached| attached.counter.as_ref())
+            {
                 port.shared.from_guest.add_overruns(counter.take().overruns);
             }
         }
@@ -628,9 +642,9 @@ fn in_parallel<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync) -> Ve
         let threads: Vec<_> = chunks
             .map(|chunk| scope.spawn(move || chunk.into_iter().map(f).collect::<Vec<R>>()))
             .collect();
-        let results = threads.into_iter().map(|thread| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
+        let results = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         results.flatten().collect()
     })
 }
@@ -647,7 +661,8 @@ fn block_signals() -> Result<SignalFd, io::Error> {
 
 fn check_devices(config: &Config, monitor: &LinkMonitor) -> Result<(), StartError> {
     let links = monitor.links();
-    let uplink = links.by_name(&config.uplink).ok_or_else(|| StartError::NoUplink(config.uplink.clone()))?;
+    let uplink =
+        links.by_name(&config.uplink).ok_or_else(|| StartError::NoUplink(config.uplink.clone()))?;
     if !uplink.is_ethernet {
         return Err(StartError::UplinkNotEthernet(config.uplink.clone()));
     }
@@ -659,7 +674,9 @@ fn check_devices(config: &Config, monitor: &LinkMonitor) -> Result<(), StartErro
             (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
                 return Err(StartError::InternalTaken(name));
             }
-            (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) }) if is_reserved(&name) => {
+            (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) })
+                if is_reserved(&name) =>
+            {
                 return Err(StartError::ReservedName(name));
             }
             _ => {}
@@ -679,7 +696,10 @@ fn uplink_mtu(config: &Config, monitor: &LinkMonitor) -> Option<u32> {
     let name = &config.uplink;
     if config.set_uplink_mtu.is_some() {
         if with_guest_tag > uplink.mtu {
-            info!("uplink {name}: raising its MTU from {} to {with_guest_tag}, for guests with MTU {guest_mtu}", uplink.mtu);
+            info!(
+                "uplink {name}: raising its MTU from {} to {with_guest_tag}, for guests with MTU {guest_mtu}",
+                uplink.mtu
+            );
         }
         return Some(with_guest_tag);
     }

@@ -103,7 +103,11 @@ impl Host {
     ///
     /// # Errors
     /// [`HostError`]; what was set until then is put back.
-    pub fn prepare_port(&mut self, link: &LinkState, created: bool) -> Result<Option<FoundPort>, HostError> {
+    pub fn prepare_port(
+        &mut self,
+        link: &LinkState,
+        created: bool,
+    ) -> Result<Option<FoundPort>, HostError> {
         self.warn_about(link);
         attach_tc(self.seal.as_fd(), SEAL_NAME, link.index, Direction::Ingress)?;
         let tap = link.kind.as_deref() == Some(TAP_KIND);
@@ -135,7 +139,8 @@ impl Host {
             Err(error) => warn!("{error}"),
         }
         if found.tap {
-            found.queueing = self.links.root_qdisc_kind(found.index)?.is_some_and(|kind| kind != "noqueue");
+            found.queueing =
+                self.links.root_qdisc_kind(found.index)?.is_some_and(|kind| kind != "noqueue");
             self.links.set_root_qdisc_noqueue(found.index)?;
         }
         let settings = LinkSettings {
@@ -175,13 +180,25 @@ impl Host {
         }
         tell(restore_ipv6(&found.name, found.ipv6).map_err(HostError::from));
         // Last, so that the host hears nothing while the rest is put back.
-        tell(detach_tc(SEAL_NAME, found.index, Direction::Ingress).map(drop).map_err(HostError::from));
+        tell(
+            detach_tc(SEAL_NAME, found.index, Direction::Ingress)
+                .map(drop)
+                .map_err(HostError::from),
+        );
     }
 
     /// Switches off what loses frames on the uplink and raises its MTU if need be.
-    pub fn prepare_uplink(&mut self, link: &LinkState, mtu: Option<u32>) -> Result<FoundUplink, HostError> {
-        let mut found =
-            FoundUplink { index: link.index, name: link.name.clone(), mtu: None, features: Vec::new() };
+    pub fn prepare_uplink(
+        &mut self,
+        link: &LinkState,
+        mtu: Option<u32>,
+    ) -> Result<FoundUplink, HostError> {
+        let mut found = FoundUplink {
+            index: link.index,
+            name: link.name.clone(),
+            mtu: None,
+            features: Vec::new(),
+        };
         if let Err(error) = disarm(&mut found) {
             warn!("{error}");
         }
@@ -227,7 +244,9 @@ impl Host {
     fn warn_about(&mut self, link: &LinkState) {
         let name = &link.name;
         if link.master.is_some() {
-            warn!("{name} is in a bridge or bond, which no longer gets its frames: `ip link set {name} nomaster`");
+            warn!(
+                "{name} is in a bridge or bond, which no longer gets its frames: `ip link set {name} nomaster`"
+            );
         }
         let addresses: Vec<String> = self
             .links

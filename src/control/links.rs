@@ -66,11 +66,7 @@ pub enum LinkError {
         reason: io::Error,
     },
     /// The kernel refused a request about a device.
-    #[error(
-        "{device}: cannot {operation}: {reason}{}{}",
-        detail(explanation),
-        cure(reason)
-    )]
+    #[error("{device}: cannot {operation}: {reason}{}{}", detail(explanation), cure(reason))]
     Refused {
         /// The device, by name where it has one, else by index.
         device: String,
@@ -118,9 +114,7 @@ impl LinkError {
 
 /// The kernel's explanation in brackets, or nothing.
 fn detail(explanation: &Option<String>) -> String {
-    explanation
-        .as_ref()
-        .map_or_else(String::new, |text| format!(" ({text})"))
+    explanation.as_ref().map_or_else(String::new, |text| format!(" ({text})"))
 }
 
 /// What to do about an error number, as the end of a sentence.
@@ -170,11 +164,7 @@ mod tests {
              greater than device maximum); `ip -details link show` tells which values the device \
              allows"
         );
-        assert!(
-            refused(Errno::EPERM, None)
-                .to_string()
-                .ends_with("CAP_NET_ADMIN")
-        );
+        assert!(refused(Errno::EPERM, None).to_string().ends_with("CAP_NET_ADMIN"));
     }
 
     #[test]

@@ -11,8 +11,7 @@ use thiserror::Error;
 pub const DEVICE_NAME_MAX: usize = 15;
 /// Prefixes libvirt keeps for devices it names itself (`virnetdev.h`).
 const LIBVIRT_PREFIXES: [&str; 4] = ["vnet", "vif", "macvtap", "macvlan"];
-const OPTIONS: &str =
-    "mode, native, tpid, inner-tpid, pcp, create, owner, group, queues, offload";
+const OPTIONS: &str = "mode, native, tpid, inner-tpid, pcp, create, owner, group, queues, offload";
 
 /// What a port is attached to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +67,9 @@ pub enum MapProblem {
     #[error("no '=' in it: write VLANS=DEVICE, for instance 101=tap-web1")]
     NoDevice,
     /// Not a VLAN, list, range or pair.
-    #[error("'{0}' is no VLAN: write a number from 0 to 4094, a list such as 200-210,300, or a pair such as 101.20")]
+    #[error(
+        "'{0}' is no VLAN: write a number from 0 to 4094, a list such as 200-210,300, or a pair such as 101.20"
+    )]
     BadVlans(String),
     /// Outside 0..=4094.
     #[error("VLAN {0} is outside 0..4094 (4095 is reserved by IEEE 802.1Q)")]
@@ -91,7 +92,9 @@ pub enum MapProblem {
         why: &'static str,
     },
     /// We would create a device with a name of libvirt's.
-    #[error("the name '{0}' is reserved by libvirt (vnet*, vif*, macvtap*, macvlan*): choose another, or create=no if libvirt makes the device")]
+    #[error(
+        "the name '{0}' is reserved by libvirt (vnet*, vif*, macvtap*, macvlan*): choose another, or create=no if libvirt makes the device"
+    )]
     ReservedName(String),
     /// No such option.
     #[error("unknown option '{0}': the options are {OPTIONS}")]
@@ -118,7 +121,9 @@ pub enum MapProblem {
         cure: &'static str,
     },
     /// No such user or group.
-    #[error("{option}={value}: this host has no such {option}; name an existing one, or its number")]
+    #[error(
+        "{option}={value}: this host has no such {option}; name an existing one, or its number"
+    )]
     NoSuchAccount {
         /// `owner` or `group`.
         option: &'static str,
@@ -132,7 +137,9 @@ pub enum MapProblem {
     #[error("{0} is the uplink itself: map another device")]
     IsUplink(String),
     /// The device has another mapping.
-    #[error("{device} is mapped already, by --map {other}: map each device once (a list of VLANs makes a trunk)")]
+    #[error(
+        "{device} is mapped already, by --map {other}: map each device once (a list of VLANs makes a trunk)"
+    )]
     DeviceTwice {
         /// The device.
         device: String,
@@ -186,7 +193,8 @@ pub fn parse_all(
 /// [`MapProblem`], for people.
 pub fn parse(map: &str, default_tpid: Tpid) -> Result<PortConfig, MapProblem> {
     let (vlans, rest) = map.split_once('=').ok_or(MapProblem::NoDevice)?;
-    let (device, options) = rest.split_once(',').map_or((rest, None), |(device, options)| (device, Some(options)));
+    let (device, options) =
+        rest.split_once(',').map_or((rest, None), |(device, options)| (device, Some(options)));
     let vlans = parse_vlans(vlans)?;
     let (device, internal) = match device.strip_prefix("internal:") {
         Some(name) => (name, true),
@@ -353,7 +361,10 @@ fn device_kind(options: &Options<'_>, internal: bool) -> Result<DeviceKind, MapP
     }
     if internal {
         return match options.get("create") {
-            Some(_) => Err(MapProblem::NotCreated { option: "create", cure: "drop it, an internal port is always created" }),
+            Some(_) => Err(MapProblem::NotCreated {
+                option: "create",
+                cure: "drop it, an internal port is always created",
+            }),
             None => Ok(DeviceKind::Internal),
         };
     }
@@ -456,7 +467,10 @@ mod tests {
         ];
         for (map, expected) in cases {
             let message = parse(map, Tpid::Customer).err().map(|problem| problem.to_string());
-            assert!(message.as_ref().is_some_and(|text| text.contains(expected)), "{map}: {message:?}");
+            assert!(
+                message.as_ref().is_some_and(|text| text.contains(expected)),
+                "{map}: {message:?}"
+            );
         }
     }
 

@@ -51,7 +51,9 @@ impl Probe {
     pub fn finish(self) -> Abilities {
         let abilities = self.0.and_then(|thread| thread.join().ok()).unwrap_or(CAUTIOUS);
         if !abilities.tagged_gso {
-            warn!("super-frames with VLAN tags are segmented in userspace, which costs CPU: this kernel loses them");
+            warn!(
+                "super-frames with VLAN tags are segmented in userspace, which costs CPU: this kernel loses them"
+            );
         }
         if !abilities.udp_gso {
             info!("UDP super-frames are segmented in userspace: this kernel does not take them");
@@ -67,7 +69,8 @@ fn cautious(reason: &str) -> Abilities {
 
 fn try_kernel() -> Result<Abilities, Box<dyn Error>> {
     // Without offloads on the fd's side, and without a virtio header to parse.
-    let options = TapOptions { vnet_header: false, persistent: false, ..TapOptions::new(PROBE_TAP) };
+    let options =
+        TapOptions { vnet_header: false, persistent: false, ..TapOptions::new(PROBE_TAP) };
     let guest = tap::open_queue(&options)?.fd;
     let index = if_nametoindex(PROBE_TAP)?;
     let mut links = LinkSocket::new()?;
@@ -96,7 +99,9 @@ fn count_frames(guest: &OwnedFd, packet: &[u8]) -> usize {
     let mut count = 0;
     while count < SEGMENTS && start.elapsed() < PATIENCE {
         match nix::unistd::read(guest, &mut frame) {
-            Ok(length) if frame.get(..length).and_then(|frame| frame.get(..6)) == packet.get(10..16) => {
+            Ok(length)
+                if frame.get(..length).and_then(|frame| frame.get(..6)) == packet.get(10..16) =>
+            {
                 count += 1;
             }
             Ok(_) => {}

@@ -128,7 +128,11 @@ pub fn port_state(state: DeviceState) -> &'static str {
 
 impl Report {
     /// A report of these parts.
-    pub fn new(uplink: UplinkReport, ports: Vec<PortReport>, unmapped: Vec<UnmappedReport>) -> Self {
+    pub fn new(
+        uplink: UplinkReport,
+        ports: Vec<PortReport>,
+        unmapped: Vec<UnmappedReport>,
+    ) -> Self {
         Self { event: "summary", uplink, ports, unmapped }
     }
 
@@ -140,7 +144,8 @@ impl Report {
 
     /// Tables of at most 80 columns for usual names.
     pub fn to_text(&self) -> String {
-        let mut table = new_table(&["port", "vlans", "state", "from guest", "dropped", "to guest", "dropped"]);
+        let mut table =
+            new_table(&["port", "vlans", "state", "from guest", "dropped", "to guest", "dropped"]);
         for port in &self.ports {
             table.add_row([
                 port.name.clone(),
@@ -178,7 +183,10 @@ impl Report {
     fn drops_text(&self) -> String {
         let mut table = new_table(&["dropped frames of", "reason", "frames"]);
         let ports = self.ports.iter().flat_map(|port| {
-            [(format!("{} from guest", port.name), &port.from_guest), (format!("{} to guest", port.name), &port.to_guest)]
+            [
+                (format!("{} from guest", port.name), &port.from_guest),
+                (format!("{} to guest", port.name), &port.to_guest),
+            ]
         });
         let uplink = (format!("{} from wire", self.uplink.name), &self.uplink.from_wire);
         let mut errors = String::new();

@@ -57,8 +57,7 @@ pub fn rewrite(
     mtu: u32,
 ) -> Result<Handling, DropReason> {
     let offload = check_offload(frame.header, frame.buffer.frame());
-    let growth =
-        frame.buffer.apply(edit, frame.stripped).map_err(|_| DropReason::Malformed)?;
+    let growth = frame.buffer.apply(edit, frame.stripped).map_err(|_| DropReason::Malformed)?;
     let grown = |offset: u16| offset.wrapping_add_signed(growth as i16);
     match offload {
         Offload::Bad => Err(DropReason::BadOffload),
@@ -165,10 +164,7 @@ pub struct Lane<'w> {
 impl Lane<'_> {
     /// Sends frames in order, or counts why not.
     #[inline]
-    pub fn send_frames<'f>(
-        &mut self,
-        frames: impl Iterator<Item = (&'f Received<'f>, Handling)>,
-    ) {
+    pub fn send_frames<'f>(&mut self, frames: impl Iterator<Item = (&'f Received<'f>, Handling)>) {
         let mut packets = ArrayVec::<&[u8], BURST>::new();
         for (frame, handling) in frames {
             match handling {
@@ -215,7 +211,8 @@ impl Lane<'_> {
         });
         let spare = congested && self.toward == Toward::Guest;
         *self.shed_until = spare.then(|| self.now + SHED_TIME);
-        self.flow.add_out(packets.len() as u64 - refused_frames, frame_bytes(packets) - refused_bytes);
+        self.flow
+            .add_out(packets.len() as u64 - refused_frames, frame_bytes(packets) - refused_bytes);
     }
 
     /// Cuts a super-frame the kernel would lose and sends the segments.
@@ -242,7 +239,9 @@ impl Lane<'_> {
         let mut free = memory;
         while !packets.is_full() && segmenter.remaining() > 0 {
             let Some((place, rest)) = free.split_at_mut_checked(longest) else { break };
-            let Some((header, body)) = place.split_first_chunk_mut::<VNET_HEADER_LEN>() else { break };
+            let Some((header, body)) = place.split_first_chunk_mut::<VNET_HEADER_LEN>() else {
+                break;
+            };
             *header = [0; VNET_HEADER_LEN];
             let Ok(Some(length)) = segmenter.next_into(body) else { break };
             packets.push(place.get(..VNET_HEADER_LEN + length).unwrap_or_default());

@@ -227,7 +227,8 @@ impl Worker {
         let mut burst = Burst::new();
         let lost = uplink.receive(&mut self.copies, &mut burst);
         let moved = lost > 0 || !burst.is_empty();
-        let chains = sort(&mut burst, lost, &self.table, &self.slots, &self.uplink_shared, self.abilities);
+        let chains =
+            sort(&mut burst, lost, &self.table, &self.slots, &self.uplink_shared, self.abilities);
         for (port, positions) in chains.iter() {
             let Some(slot) = self.slots.get_mut(port) else { continue };
             let mut lane = Lane {
@@ -240,7 +241,9 @@ impl Worker {
                 space: &mut self.space,
                 segments: &mut self.segments,
             };
-            lane.send_frames(positions.filter_map(|(at, handling)| Some((burst.get(at)?, handling))));
+            lane.send_frames(
+                positions.filter_map(|(at, handling)| Some((burst.get(at)?, handling))),
+            );
         }
         drop(burst);
         uplink.release();
@@ -306,9 +309,13 @@ impl Worker {
                     continue;
                 }
                 UPLINK => (None, self.uplink.as_deref()),
-                Token(port) => (Some(port), self.slots.get(port).and_then(|slot| slot.device.as_deref())),
+                Token(port) => {
+                    (Some(port), self.slots.get(port).and_then(|slot| slot.device.as_deref()))
+                }
             };
-            if event.is_error() && let Some(device) = device {
+            if event.is_error()
+                && let Some(device) = device
+            {
                 device.clear_error();
             }
             if let Some(port) = port {

@@ -63,9 +63,7 @@ impl<'a> FrameBuffer<'a> {
     /// What to hand to the kernel: virtio header and frame.
     #[inline]
     pub fn packet(&self) -> &[u8] {
-        self.bytes
-            .get(self.start.saturating_sub(VNET_HEADER_LEN)..)
-            .unwrap_or_default()
+        self.bytes.get(self.start.saturating_sub(VNET_HEADER_LEN)..).unwrap_or_default()
     }
 
     /// Applies an edit, `stripped` being the tag that stands before those in the
@@ -93,11 +91,8 @@ impl<'a> FrameBuffer<'a> {
         if body + ETHERNET_HEADER_LEN > self.bytes.len() {
             return Err(DoesNotFit);
         }
-        let addresses: [u8; MAC_ADDRESSES_LEN] = *self
-            .bytes
-            .get(self.start..)
-            .and_then(<[u8]>::first_chunk)
-            .ok_or(DoesNotFit)?;
+        let addresses: [u8; MAC_ADDRESSES_LEN] =
+            *self.bytes.get(self.start..).and_then(<[u8]>::first_chunk).ok_or(DoesNotFit)?;
         let mut block = [0; PUSH_MAX * TAG_LEN + TAG_LEN];
         let mut block_len = 0;
         for tag in tags.flatten() {
@@ -122,9 +117,8 @@ impl<'a> FrameBuffer<'a> {
     #[inline]
     pub fn write_header(&mut self, header: VnetHeader) {
         let place = self.start.checked_sub(VNET_HEADER_LEN);
-        if let Some(bytes) = place
-            .and_then(|offset| self.bytes.get_mut(offset..))
-            .and_then(<[u8]>::first_chunk_mut)
+        if let Some(bytes) =
+            place.and_then(|offset| self.bytes.get_mut(offset..)).and_then(<[u8]>::first_chunk_mut)
         {
             *bytes = header.to_bytes();
         }
@@ -139,7 +133,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn tag() -> impl Strategy<Value = Tag> {
-        (0..4usize, any::<u16>()).prop_map(|(tpid, tci)| Tag { tpid: Tpid::ALL[tpid], tci: Tci(tci) })
+        (0..4usize, any::<u16>())
+            .prop_map(|(tpid, tci)| Tag { tpid: Tpid::ALL[tpid], tci: Tci(tci) })
     }
 
     /// The edit as one would write it without caring for speed: the wire form in

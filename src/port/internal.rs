@@ -10,9 +10,6 @@ use crate::sys::packet::{Burst, CopyPool, Received};
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-
-
-
 /// A tap, from the file descriptor's side.
 #[derive(Debug)]
 pub struct InternalPort(OwnedFd);
@@ -23,7 +20,11 @@ impl InternalPort {
         Self(queue)
     }
 
-    pub(super) fn receive<'a>(&'a mut self, copies: &'a mut CopyPool, burst: &mut Burst<'a>) -> u64 {
+    pub(super) fn receive<'a>(
+        &'a mut self,
+        copies: &'a mut CopyPool,
+        burst: &mut Burst<'a>,
+    ) -> u64 {
         let mut lost = 0;
         for copy in copies.buffers() {
             let Some(place) = copy.get_mut(HEADROOM - VNET_HEADER_LEN..) else { break };

@@ -57,7 +57,11 @@ impl MemoryPort {
                 frame.copy_from_slice(&incoming.pristine);
             }
             if let Some(buffer) = FrameBuffer::new(&mut incoming.space, HEADROOM) {
-                burst.push(Received { buffer, stripped: incoming.stripped, header: incoming.header });
+                burst.push(Received {
+                    buffer,
+                    stripped: incoming.stripped,
+                    header: incoming.header,
+                });
             }
         }
         0

@@ -2,12 +2,18 @@
 //! DESIGN §3: the model works on lists of tags, knows no look-up table, and is
 //! told the port's options as a user would write them.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests fail by panicking"
+)]
 
 use crate::frame::edit::HEADROOM;
 use crate::frame::{FrameBuffer, Pcp, Tag, TagStack, Tci, Tpid, Vid};
 use crate::switch::{
-    DropReason, GuestVerdict, Membership, MembershipError, Mode, Priority, Table, UplinkVerdict, Vlans,
+    DropReason, GuestVerdict, Membership, MembershipError, Mode, Priority, Table, UplinkVerdict,
+    Vlans,
 };
 use proptest::prelude::*;
 
@@ -133,25 +139,20 @@ fn any_tpid() -> impl Strategy<Value = u16> {
 fn port() -> impl Strategy<Value = Port> {
     let common = (any_tpid(), proptest::option::of(0..8u16));
     let access_or_tunnel = prop_oneof![Just(Mode::Access), Just(Mode::Tunnel)];
-    let single = (0..9u16, access_or_tunnel.clone(), proptest::option::of((any_tpid(), 0..5u16))).prop_map(
-        |(vid, mode, inner)| {
+    let single = (0..9u16, access_or_tunnel.clone(), proptest::option::of((any_tpid(), 0..5u16)))
+        .prop_map(|(vid, mode, inner)| {
             let mode = if vid == 0 { Mode::Access } else { mode };
             (vec![vid], if vid == 0 { None } else { inner }, mode, None)
-        },
-    );
-    let trunk = (proptest::collection::btree_set(1..9u16, 1..5), any::<Option<proptest::sample::Index>>())
-        .prop_map(|(vids, native)| {
-            let vids: Vec<u16> = vids.into_iter().collect();
-            let native = native.map(|index| *index.get(&vids));
-            (vids, None, Mode::Trunk, native)
         });
-    (prop_oneof![single, trunk], common).prop_map(|((vlans, inner, mode, native), (tpid, pcp))| Port {
-        vlans,
-        inner,
-        mode,
-        native,
-        tpid,
-        pcp,
+    let trunk =
+        (proptest::collection::btree_set(1..9u16, 1..5), any::<Option<proptest::sample::Index>>())
+            .prop_map(|(vids, native)| {
+                let vids: Vec<u16> = vids.into_iter().collect();
+                let native = native.map(|index| *index.get(&vids));
+                (vids, None, Mode::Trunk, native)
+            });
+    (prop_oneof![single, trunk], common).prop_map(|((vlans, inner, mode, native), (tpid, pcp))| {
+        Port { vlans, inner, mode, native, tpid, pcp }
     })
 }
 
@@ -239,17 +240,24 @@ proptest! {
         if let GuestVerdict::Forward(edit) = table.decide_from_guest(0, &read) {
             let out = rewritten(stripped, &frame, &edit);
             let back = TagStack::read(None, &out).unwrap();
-            let owned = match table.decide_from_uplink(&back) {
-                UplinkVerdict::Forward { port: 0, .. } | UplinkVerdict::Drop { port: 0, .. } => true,
-                _ => false,
-            };
+            let owned = matches!(
+                table.decide_from_uplink(&back),
+                UplinkVerdict::Forward { port: 0, .. } | UplinkVerdict::Drop { port: 0, .. }
+            );
             prop_assert!(owned, "{tags:?} left as {back:?}");
         }
     }
 }
 
 fn one(vid: u16) -> Port {
-    Port { vlans: vec![vid], inner: None, mode: Mode::Access, native: None, tpid: 0x8100, pcp: Some(0) }
+    Port {
+        vlans: vec![vid],
+        inner: None,
+        mode: Mode::Access,
+        native: None,
+        tpid: 0x8100,
+        pcp: Some(0),
+    }
 }
 
 #[test]
@@ -268,11 +276,9 @@ fn every_conflict_names_both_ports() {
         let conflict = Table::compile(&memberships).unwrap_err();
         assert_eq!((conflict.first, conflict.second), (1, 2), "{conflict}");
     }
-    for (first, second) in [
-        (pair(20), pair(21)),
-        (one(101), Port { tpid: 0x88a8, ..one(101) }),
-        (one(0), one(101)),
-    ] {
+    for (first, second) in
+        [(pair(20), pair(21)), (one(101), Port { tpid: 0x88a8, ..one(101) }), (one(0), one(101))]
+    {
         Table::compile(&[first.membership(), second.membership()]).unwrap();
     }
 }
@@ -299,13 +305,28 @@ fn combinations_without_sense_are_refused() {
         Membership::new(vlans.clone(), mode, native, Tpid::Customer, inner, Priority::Copy)
     };
     let double = Vlans::Double { outer: vid(1), inner: vid(2) };
-    assert!(matches!(make(&Vlans::Untagged, Some(Mode::Tunnel), None, None), Err(MembershipError::UntaggedMode(_))));
-    assert!(matches!(make(&list, Some(Mode::Access), None, None), Err(MembershipError::ListMode(_))));
-    assert!(matches!(make(&double, Some(Mode::Trunk), None, None), Err(MembershipError::DoubleTrunk(_))));
-    assert!(matches!(make(&Vlans::One(vid(1)), None, Some(vid(1)), None), Err(MembershipError::NativeWithoutTrunk(_))));
+    assert!(matches!(
+        make(&Vlans::Untagged, Some(Mode::Tunnel), None, None),
+        Err(MembershipError::UntaggedMode(_))
+    ));
+    assert!(matches!(
+        make(&list, Some(Mode::Access), None, None),
+        Err(MembershipError::ListMode(_))
+    ));
+    assert!(matches!(
+        make(&double, Some(Mode::Trunk), None, None),
+        Err(MembershipError::DoubleTrunk(_))
+    ));
+    assert!(matches!(
+        make(&Vlans::One(vid(1)), None, Some(vid(1)), None),
+        Err(MembershipError::NativeWithoutTrunk(_))
+    ));
     let error = make(&list, None, Some(vid(4)), None).unwrap_err();
     assert!(error.to_string().contains("1-3,9"), "{error}");
-    assert!(matches!(make(&list, None, None, Some(Tpid::Service)), Err(MembershipError::InnerTpidWithoutInner)));
+    assert!(matches!(
+        make(&list, None, None, Some(Tpid::Service)),
+        Err(MembershipError::InnerTpidWithoutInner)
+    ));
     assert_eq!(make(&list, None, None, None).unwrap().mode(), Mode::Trunk);
     assert_eq!(make(&double, None, None, None).unwrap().mode(), Mode::Tunnel);
     assert_eq!(make(&Vlans::Untagged, None, None, None).unwrap().mode(), Mode::Access);

@@ -110,7 +110,9 @@ pub enum MembershipError {
     #[error("native={0} works with mode=trunk only: add mode=trunk, or drop native")]
     NativeWithoutTrunk(Vid),
     /// A native VLAN outside the list.
-    #[error("native={native} is not one of the port's VLANs ({vlans}): add it to the list, or choose one of them")]
+    #[error(
+        "native={native} is not one of the port's VLANs ({vlans}): add it to the list, or choose one of them"
+    )]
     NativeNotInList {
         /// The native VLAN.
         native: Vid,

@@ -97,21 +97,37 @@ impl DropReason {
     /// What the reason means and what to do, in one line.
     pub const fn help(self) -> &'static str {
         match self {
-            Self::UnmappedVlan => "the frame's VLAN is mapped to no port; map it, or prune it on the switch",
-            Self::TaggedOnAccess => "the guest tags on an access port; use mode=tunnel or mode=trunk, or untag in the guest",
-            Self::InnerTag => "a second tag follows on an access port; use mode=tunnel, or map OUTER.INNER",
-            Self::UntaggedOnTrunk => "the guest sends untagged on a trunk; give it native=VID, or tag in the guest",
-            Self::VlanNotAllowed => "the guest uses a VLAN outside its trunk's list; add it to the map, or mend the guest",
+            Self::UnmappedVlan => {
+                "the frame's VLAN is mapped to no port; map it, or prune it on the switch"
+            }
+            Self::TaggedOnAccess => {
+                "the guest tags on an access port; use mode=tunnel or mode=trunk, or untag in the guest"
+            }
+            Self::InnerTag => {
+                "a second tag follows on an access port; use mode=tunnel, or map OUTER.INNER"
+            }
+            Self::UntaggedOnTrunk => {
+                "the guest sends untagged on a trunk; give it native=VID, or tag in the guest"
+            }
+            Self::VlanNotAllowed => {
+                "the guest uses a VLAN outside its trunk's list; add it to the map, or mend the guest"
+            }
             Self::SpoofedMac => "the guest's source address is not in mac=",
             Self::RateLimited => "the guest is over rate=",
             Self::StormLimited => "the guest's broadcasts and multicasts are over storm=",
-            Self::TooLong => "longer than the device sends; raise its MTU (uplink: --set-uplink-mtu), or lower the guest's",
+            Self::TooLong => {
+                "longer than the device sends; raise its MTU (uplink: --set-uplink-mtu), or lower the guest's"
+            }
             Self::Malformed => "the frame ends inside its Ethernet header or a VLAN tag",
             Self::BadOffload => "the checksum or segmentation request does not fit the frame",
-            Self::GuestQueueFull => "the guest does not read fast enough; give it more CPU, or its device a longer txqueuelen",
+            Self::GuestQueueFull => {
+                "the guest does not read fast enough; give it more CPU, or its device a longer txqueuelen"
+            }
             Self::GuestAbsent => "the device is missing, down, or no VM has it open",
             Self::UplinkDown => "the uplink is missing, down, or has no carrier",
-            Self::UplinkQueueFull => "the uplink does not send fast enough; look at its qdisc and link speed",
+            Self::UplinkQueueFull => {
+                "the uplink does not send fast enough; look at its qdisc and link speed"
+            }
             Self::RingOverrun => "the kernel's receive ring was full; the switch needs more CPU",
             Self::SendFailed => "the kernel refused the frame; the counters name its last error",
         }

@@ -6,7 +6,7 @@
 //! its guest may use. Tables are immutable; a new configuration is a new table.
 
 use super::{DropReason, Membership, Mode, Priority, Vlans};
-use crate::frame::{Pcp, Tag, Tci, TagEdit, Tpid, Vid};
+use crate::frame::{Pcp, Tag, TagEdit, Tci, Tpid, Vid};
 use thiserror::Error;
 
 /// Position of a port in the list of memberships the table was compiled from.
@@ -195,7 +195,8 @@ impl Table {
             },
         };
         let position = self.entries.len();
-        let taken = self.inner.get_mut(table).and_then(|index| index.claim(inner.0, inner.1, position));
+        let taken =
+            self.inner.get_mut(table).and_then(|index| index.claim(inner.0, inner.1, position));
         if let Some(taken) = taken {
             let what = format!("the tag pair {}.{} (TPID {})", outer.1, inner.1, outer.0);
             return Err(self.conflict(taken, rule.port, what));
@@ -227,9 +228,7 @@ fn guest_rules(membership: &Membership) -> GuestRules {
     let push = match *membership.vlans() {
         Vlans::Untagged => [tag(tpid, Vid::NONE), None],
         Vlans::One(vid) => [tag(tpid, vid), None],
-        Vlans::Double { outer, inner } => {
-            [tag(tpid, outer), tag(membership.inner_tpid(), inner)]
-        }
+        Vlans::Double { outer, inner } => [tag(tpid, outer), tag(membership.inner_tpid(), inner)],
         Vlans::List(_) => [membership.native().and_then(|vid| tag(tpid, vid)), None],
     };
     let over = |copy_priority| GuestRule::Rewrite { edit: TagEdit { pop: 0, push }, copy_priority };

@@ -1,4 +1,7 @@
-#![allow(unsafe_code, reason = "memory shared with the kernel, and socket options nix does not know")]
+#![allow(
+    unsafe_code,
+    reason = "memory shared with the kernel, and socket options nix does not know"
+)]
 //! AF_PACKET: the receive ring and the sending side (`net/packet/af_packet.c`,
 //! `Documentation/networking/packet_mmap.rst`).
 //!
@@ -139,11 +142,19 @@ impl Receiver {
         let fd = socket.as_fd();
         // The socket has protocol 0 until it is bound, so no frame comes in
         // before everything is in place.
-        set(fd, libc::SOL_PACKET, libc::PACKET_VERSION, &(libc::tpacket_versions::TPACKET_V2 as c_int))
-            .map_err(at("choose TPACKET_V2"))?;
-        set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1).map_err(at("ask for virtio headers"))?;
-        set(fd, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, &1).map_err(at("ignore outgoing frames"))?;
-        set(fd, libc::SOL_PACKET, libc::PACKET_COPY_THRESH, &1).map_err(at("ask for whole super-frames"))?;
+        set(
+            fd,
+            libc::SOL_PACKET,
+            libc::PACKET_VERSION,
+            &(libc::tpacket_versions::TPACKET_V2 as c_int),
+        )
+        .map_err(at("choose TPACKET_V2"))?;
+        set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1)
+            .map_err(at("ask for virtio headers"))?;
+        set(fd, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, &1)
+            .map_err(at("ignore outgoing frames"))?;
+        set(fd, libc::SOL_PACKET, libc::PACKET_COPY_THRESH, &1)
+            .map_err(at("ask for whole super-frames"))?;
         // The kernel doubles what is asked for.
         set(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &((options.copy_queue / 2) as c_int))
             .map_err(at("size the receive queue"))?;
@@ -206,7 +217,11 @@ impl Receiver {
             };
             match frame {
                 Some((buffer, vnet)) => {
-                    burst.push(Received { buffer, stripped: stripped(&header, status), header: vnet });
+                    burst.push(Received {
+                        buffer,
+                        stripped: stripped(&header, status),
+                        header: vnet,
+                    });
                 }
                 None => lost += 1,
             }
@@ -220,7 +235,9 @@ impl Receiver {
         let slots = self.ring.slots;
         let first = (self.next + slots - self.taken) % slots;
         for offset in 0..self.taken {
-            self.ring.status((first + offset) % slots).store(libc::TP_STATUS_KERNEL, Ordering::Release);
+            self.ring
+                .status((first + offset) % slots)
+                .store(libc::TP_STATUS_KERNEL, Ordering::Release);
         }
         self.taken = 0;
     }
@@ -257,7 +274,9 @@ impl KernelCounter {
     pub fn take(&self) -> KernelCount {
         let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
         match get(self.0.as_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, &mut stats) {
-            Ok(()) => KernelCount { frames: stats.tp_packets.into(), overruns: stats.tp_drops.into() },
+            Ok(()) => {
+                KernelCount { frames: stats.tp_packets.into(), overruns: stats.tp_drops.into() }
+            }
             Err(_) => KernelCount::default(),
         }
     }
@@ -272,7 +291,8 @@ fn in_slot<'a>(
     let start = usize::from(header.tp_mac).checked_sub(SLOT_HEADER_LEN)?;
     let end = start.checked_add(header.tp_snaplen as usize)?;
     let bytes = bytes.get_mut(..end)?;
-    let vnet = VnetHeader::from_bytes(bytes.get(start.checked_sub(VNET_HEADER_LEN)?..)?.first_chunk()?);
+    let vnet =
+        VnetHeader::from_bytes(bytes.get(start.checked_sub(VNET_HEADER_LEN)?..)?.first_chunk()?);
     Some((FrameBuffer::new(bytes, start)?, vnet))
 }
 
@@ -415,7 +435,8 @@ impl Transmitter {
         let socket = socket()?;
         let fd = socket.as_fd();
         set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &1).map_err(at("send virtio headers"))?;
-        set(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER).map_err(at("size the send buffer"))?;
+        set(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER)
+            .map_err(at("size the send buffer"))?;
         bind(fd, index, 0).map_err(at("bind to the device"))?;
         Ok(Self(socket))
     }

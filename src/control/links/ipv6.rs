@@ -55,9 +55,7 @@ fn setting(name: &str) -> Result<PathBuf, LinkError> {
             what: "this is not the name of a network device: name a device `ip link` shows".into(),
         });
     }
-    Ok(["/proc/sys/net/ipv6/conf", name, "disable_ipv6"]
-        .iter()
-        .collect())
+    Ok(["/proc/sys/net/ipv6/conf", name, "disable_ipv6"].iter().collect())
 }
 
 /// Whether IPv6 is off; none where the device has no IPv6.
@@ -112,9 +110,6 @@ mod tests {
 
     #[test]
     fn a_missing_device_has_no_ipv6() {
-        assert!(matches!(
-            disable_ipv6("no-such-device0"),
-            Ok(PreviousIpv6::Absent)
-        ));
+        assert!(matches!(disable_ipv6("no-such-device0"), Ok(PreviousIpv6::Absent)));
     }
 }

@@ -145,10 +145,7 @@ impl LinkMonitor {
     fn receive(&mut self) -> io::Result<Received> {
         loop {
             self.buffer.clear();
-            match self
-                .notifications
-                .recv_from(&mut self.buffer, libc::MSG_TRUNC)
-            {
+            match self.notifications.recv_from(&mut self.buffer, libc::MSG_TRUNC) {
                 // Another process can send here too, and must not be believed.
                 Ok((_, sender)) if sender.port_number() != 0 => {}
                 // Longer than any notification known; its content is lost.

@@ -83,10 +83,7 @@ struct Failure {
 
 impl From<io::Error> for Failure {
     fn from(reason: io::Error) -> Self {
-        Self {
-            reason,
-            explanation: None,
-        }
+        Self { reason, explanation: None }
     }
 }
 
@@ -107,83 +104,40 @@ impl LinkSocket {
             socket.set_ext_ack(true).ok();
             Ok(socket)
         };
-        let socket = open().map_err(|reason| LinkError::Socket {
-            operation: "open it",
-            reason,
-        })?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-            buffer: Vec::with_capacity(DATAGRAM_CAPACITY),
-        })
+        let socket = open().map_err(|reason| LinkError::Socket { operation: "open it", reason })?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(DATAGRAM_CAPACITY) })
     }
 
     /// Sets the device up, so that it carries frames.
     pub fn set_up(&mut self, index: u32) -> Result<(), LinkError> {
-        self.configure(
-            index,
-            &LinkSettings {
-                up: Some(true),
-                ..LinkSettings::default()
-            },
-        )
+        self.configure(index, &LinkSettings { up: Some(true), ..LinkSettings::default() })
     }
 
     /// Sets the device down.
     pub fn set_down(&mut self, index: u32) -> Result<(), LinkError> {
-        self.configure(
-            index,
-            &LinkSettings {
-                up: Some(false),
-                ..LinkSettings::default()
-            },
-        )
+        self.configure(index, &LinkSettings { up: Some(false), ..LinkSettings::default() })
     }
 
     /// Sets the largest payload of a frame, in bytes.
     pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<(), LinkError> {
-        self.configure(
-            index,
-            &LinkSettings {
-                mtu: Some(mtu),
-                ..LinkSettings::default()
-            },
-        )
+        self.configure(index, &LinkSettings { mtu: Some(mtu), ..LinkSettings::default() })
     }
 
     /// Switches ARP and neighbour discovery off (`on`) or back on.
     pub fn set_noarp(&mut self, index: u32, on: bool) -> Result<(), LinkError> {
-        self.configure(
-            index,
-            &LinkSettings {
-                noarp: Some(on),
-                ..LinkSettings::default()
-            },
-        )
+        self.configure(index, &LinkSettings { noarp: Some(on), ..LinkSettings::default() })
     }
 
     /// Describes the device for people (`ip link` shows it); empty removes it.
     pub fn set_alias(&mut self, index: u32, alias: &str) -> Result<(), LinkError> {
         let alias = Some(alias.to_owned());
-        self.configure(
-            index,
-            &LinkSettings {
-                alias,
-                ..LinkSettings::default()
-            },
-        )
+        self.configure(index, &LinkSettings { alias, ..LinkSettings::default() })
     }
 
     /// Keeps the host from making an IPv6 link-local address on the device. Does
     /// nothing where there is no IPv6.
     pub fn set_inet6_addr_gen_mode_none(&mut self, index: u32) -> Result<(), LinkError> {
-        self.configure(
-            index,
-            &LinkSettings {
-                addr_gen_none: true,
-                ..LinkSettings::default()
-            },
-        )
+        self.configure(index, &LinkSettings { addr_gen_none: true, ..LinkSettings::default() })
     }
 
     /// Applies settings in one request, and reads them back.
@@ -209,20 +163,8 @@ impl LinkSocket {
             });
         }
         if settings.addr_gen_none && settings.up == Some(true) {
-            self.apply(
-                index,
-                &LinkSettings {
-                    up: None,
-                    ..settings.clone()
-                },
-            )?;
-            self.apply(
-                index,
-                &LinkSettings {
-                    up: Some(true),
-                    ..LinkSettings::default()
-                },
-            )?;
+            self.apply(index, &LinkSettings { up: None, ..settings.clone() })?;
+            self.apply(index, &LinkSettings { up: Some(true), ..LinkSettings::default() })?;
         } else {
             self.apply(index, settings)?;
         }
@@ -235,10 +177,7 @@ impl LinkSocket {
         if settings.addr_gen_none && result.as_ref().is_err_and(is_without_ipv6) {
             // The whole request was refused before any of it was applied
             // (`validate_linkmsg`), so the rest of it is sent again.
-            let rest = LinkSettings {
-                addr_gen_none: false,
-                ..settings.clone()
-            };
+            let rest = LinkSettings { addr_gen_none: false, ..settings.clone() };
             result = self.acknowledged(set_link(index, &rest), 0);
         }
         result.map_err(|failure| {
@@ -254,16 +193,11 @@ impl LinkSocket {
             up: asked.up.map(|_| report.state.up),
             mtu: asked.mtu.map(|_| report.state.mtu),
             noarp: asked.noarp.map(|_| report.noarp),
-            alias: asked
-                .alias
-                .as_ref()
-                .map(|_| report.state.alias.unwrap_or_default()),
+            alias: asked.alias.as_ref().map(|_| report.state.alias.unwrap_or_default()),
             tx_queue_len: asked.tx_queue_len.map(|_| report.state.tx_queue_len),
             // No mode reported means no IPv6 on the device, so no address either.
             addr_gen_none: asked.addr_gen_none
-                && report
-                    .addr_gen_mode
-                    .is_none_or(|mode| mode == ADDR_GEN_MODE_NONE),
+                && report.addr_gen_mode.is_none_or(|mode| mode == ADDR_GEN_MODE_NONE),
         };
         if found == *asked {
             return Ok(());
@@ -387,14 +321,13 @@ impl LinkSocket {
 
     /// All the kernel tells about one device.
     fn report(&mut self, index: u32) -> Result<LinkReport, LinkError> {
-        self.try_report(index)
-            .map_err(|failure| LinkError::Refused {
-                // Not by `refused`: asking for the name is what has just failed.
-                device: format!("network device {index}"),
-                operation: "read its state".into(),
-                reason: failure.reason,
-                explanation: failure.explanation,
-            })
+        self.try_report(index).map_err(|failure| LinkError::Refused {
+            // Not by `refused`: asking for the name is what has just failed.
+            device: format!("network device {index}"),
+            operation: "read its state".into(),
+            reason: failure.reason,
+            explanation: failure.explanation,
+        })
     }
 
     fn try_report(&mut self, index: u32) -> Result<LinkReport, Failure> {
@@ -447,8 +380,7 @@ impl LinkSocket {
         self.buffer.clear();
         self.buffer.resize(message.buffer_len(), 0);
         message.serialize(&mut self.buffer);
-        self.socket
-            .send_to(&self.buffer, &SocketAddr::new(0, 0), 0)?;
+        self.socket.send_to(&self.buffer, &SocketAddr::new(0, 0), 0)?;
 
         let mut undisturbed = true;
         loop {
@@ -517,9 +449,7 @@ fn is_without_ipv6(failure: &Failure) -> bool {
 fn get_link(index: u32) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
-    message
-        .attributes
-        .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     RouteNetlinkMessage::GetLink(message)
 }
 
@@ -527,10 +457,7 @@ fn get_link(index: u32) -> RouteNetlinkMessage {
 fn set_link(index: u32, settings: &LinkSettings) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
-    for (flag, value) in [
-        (LinkFlags::Up, settings.up),
-        (LinkFlags::Noarp, settings.noarp),
-    ] {
+    for (flag, value) in [(LinkFlags::Up, settings.up), (LinkFlags::Noarp, settings.noarp)] {
         if let Some(on) = value {
             message.header.change_mask |= flag;
             message.header.flags.set(flag, on);
@@ -542,9 +469,7 @@ fn set_link(index: u32, settings: &LinkSettings) -> RouteNetlinkMessage {
     attributes.extend(settings.tx_queue_len.map(LinkAttribute::TxQueueLen));
     if settings.addr_gen_none {
         let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-        attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
-            vec![mode],
-        )]));
+        attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]));
     }
     RouteNetlinkMessage::SetLink(message)
 }
@@ -562,37 +487,12 @@ fn describe(settings: &LinkSettings) -> String {
     let on_off = |on| if on { "on" } else { "off" };
     let mut words = Vec::new();
     words.extend(settings.mtu.map(|mtu| format!("mtu {mtu}")));
-    words.extend(
-        settings
-            .noarp
-            .map(|noarp| format!("arp {}", on_off(!noarp))),
-    );
-    words.extend(
-        settings
-            .tx_queue_len
-            .map(|length| format!("txqueuelen {length}")),
-    );
-    words.extend(
-        settings
-            .alias
-            .as_ref()
-            .map(|alias| format!("alias {alias:?}")),
-    );
-    words.extend(
-        settings
-            .addr_gen_none
-            .then(|| "addrgenmode none".to_owned()),
-    );
-    words.extend(
-        settings
-            .up
-            .map(|up| if up { "up" } else { "down" }.to_owned()),
-    );
-    if words.is_empty() {
-        "nothing".into()
-    } else {
-        words.join(", ")
-    }
+    words.extend(settings.noarp.map(|noarp| format!("arp {}", on_off(!noarp))));
+    words.extend(settings.tx_queue_len.map(|length| format!("txqueuelen {length}")));
+    words.extend(settings.alias.as_ref().map(|alias| format!("alias {alias:?}")));
+    words.extend(settings.addr_gen_none.then(|| "addrgenmode none".to_owned()));
+    words.extend(settings.up.map(|up| if up { "up" } else { "down" }.to_owned()));
+    if words.is_empty() { "nothing".into() } else { words.join(", ") }
 }
 
 #[cfg(test)]
@@ -608,11 +508,7 @@ mod tests {
         assert_eq!(message.header.change_mask, LinkFlags::empty());
         assert_eq!(message.attributes, []);
 
-        let settings = LinkSettings {
-            up: Some(false),
-            noarp: Some(true),
-            ..Default::default()
-        };
+        let settings = LinkSettings { up: Some(false), noarp: Some(true), ..Default::default() };
         let RouteNetlinkMessage::SetLink(message) = set_link(7, &settings) else {
             unreachable!("set_link makes SetLink");
         };

@@ -161,12 +161,8 @@ impl Links {
         dump: BTreeMap<u32, LinkState>,
         emit: &mut impl FnMut(LinkEvent),
     ) {
-        let mut gone: Vec<u32> = self
-            .by_index
-            .keys()
-            .copied()
-            .filter(|index| !dump.contains_key(index))
-            .collect();
+        let mut gone: Vec<u32> =
+            self.by_index.keys().copied().filter(|index| !dump.contains_key(index)).collect();
         gone.sort_unstable();
         for index in gone {
             self.remove(index, emit);
@@ -209,10 +205,7 @@ mod tests {
     #[test]
     fn a_state_seen_twice_is_no_event() {
         let mut links = Links::default();
-        assert_eq!(
-            update(&mut links, link(1, "a")),
-            [LinkEvent::Appeared(link(1, "a"))]
-        );
+        assert_eq!(update(&mut links, link(1, "a")), [LinkEvent::Appeared(link(1, "a"))]);
         assert_eq!(update(&mut links, link(1, "a")), []);
     }
 
@@ -221,13 +214,7 @@ mod tests {
         let mut links = Links::default();
         update(&mut links, link(1, "a"));
         let events = update(&mut links, link(1, "b"));
-        assert_eq!(
-            events,
-            [LinkEvent::Renamed {
-                old: link(1, "a"),
-                new: link(1, "b")
-            }]
-        );
+        assert_eq!(events, [LinkEvent::Renamed { old: link(1, "a"), new: link(1, "b") }]);
         assert_eq!(events.first().unwrap().departed(), Some(&link(1, "a")));
         assert_eq!(events.first().unwrap().arrived(), Some(&link(1, "b")));
         assert_eq!(links.by_name("a"), None);
@@ -240,10 +227,7 @@ mod tests {
         update(&mut links, link(1, "a"));
         assert_eq!(
             update(&mut links, link(2, "a")),
-            [
-                LinkEvent::Vanished(link(1, "a")),
-                LinkEvent::Appeared(link(2, "a"))
-            ]
+            [LinkEvent::Vanished(link(1, "a")), LinkEvent::Appeared(link(2, "a"))]
         );
         assert_eq!(links.by_name("a").unwrap().index, 2);
         assert_eq!(links.len(), 1);
@@ -254,10 +238,7 @@ mod tests {
         let mut links = Links::default();
         update(&mut links, link(1, "a"));
         update(&mut links, link(2, "b"));
-        links.reconcile(
-            BTreeMap::from([(1, link(1, "b")), (2, link(2, "a"))]),
-            &mut |_| {},
-        );
+        links.reconcile(BTreeMap::from([(1, link(1, "b")), (2, link(2, "a"))]), &mut |_| {});
         assert_eq!(links.by_name("a").unwrap().index, 2);
         assert_eq!(links.by_name("b").unwrap().index, 1);
     }
@@ -281,18 +262,10 @@ mod tests {
     /// A consumer that knows nothing but names and the two parts of an event.
     fn follow(names: &mut HashMap<String, u32>, event: &LinkEvent) {
         if let Some(old) = event.departed() {
-            assert_eq!(
-                names.remove(&old.name),
-                Some(old.index),
-                "departed without having arrived"
-            );
+            assert_eq!(names.remove(&old.name), Some(old.index), "departed without having arrived");
         }
         if let Some(new) = event.arrived() {
-            assert_eq!(
-                names.insert(new.name.clone(), new.index),
-                None,
-                "arrived on a held name"
-            );
+            assert_eq!(names.insert(new.name.clone(), new.index), None, "arrived on a held name");
         }
     }
 

@@ -67,10 +67,7 @@ fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     NlasIterator::new(bytes).map_while(|attribute| {
         let attribute = attribute.ok()?;
         let (kind, length) = (attribute.kind(), usize::from(attribute.length()));
-        Some((
-            kind,
-            attribute.into_inner().get(ATTRIBUTE_HEADER_LEN..length)?,
-        ))
+        Some((kind, attribute.into_inner().get(ATTRIBUTE_HEADER_LEN..length)?))
     })
 }
 
@@ -282,10 +279,8 @@ mod tests {
     fn a_description_that_is_not_utf8_does_not_hide_the_device() {
         let mut attributes = full();
         attributes.retain(|attribute| !matches!(attribute, LinkAttribute::IfAlias(_)));
-        attributes.push(LinkAttribute::Other(DefaultNla::new(
-            libc::IFLA_IFALIAS,
-            vec![b'x', 0xff],
-        )));
+        attributes
+            .push(LinkAttribute::Other(DefaultNla::new(libc::IFLA_IFALIAS, vec![b'x', 0xff])));
         let report = link_report(&encoded(attributes, AddressFamily::Unspec)).unwrap();
         assert_eq!(report.state.alias.as_deref(), Some("x\\xff"));
     }
@@ -303,18 +298,10 @@ mod tests {
             }),
         ] {
             let payload = [&(-22i32).to_ne_bytes()[..], &request, &tlv].concat();
-            let message = Message {
-                kind: 2,
-                flags,
-                sequence: 1,
-                payload: &payload,
-            };
+            let message = Message { kind: 2, flags, sequence: 1, payload: &payload };
             assert_eq!(error_code(&payload), Some(-22));
             assert_eq!(explanation(&message).as_deref(), Some("no"));
-            let silent = Message {
-                flags: 0,
-                ..message
-            };
+            let silent = Message { flags: 0, ..message };
             assert_eq!(explanation(&silent), None);
         }
     }
