@@ -33,6 +33,16 @@ fn exists(name: &str) -> bool {
     nix::net::if_::if_nametoindex(name).is_ok()
 }
 
+/// A device goes with its last fd, and a child that another test is starting holds
+/// copies of all fds until it executes its program.
+fn wait_until_gone(name: &str) {
+    let start = Instant::now();
+    while exists(name) {
+        assert!(start.elapsed() < Duration::from_secs(30), "{name} is still there");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 #[test]
 #[ignore = "needs root: network namespace, tap"]
 fn a_created_tap_is_what_libvirt_and_qemu_expect() {
@@ -73,7 +83,7 @@ fn a_created_tap_is_what_libvirt_and_qemu_expect() {
 
         for name in ["t0", "t1"] {
             tap::delete(name).unwrap();
-            assert!(!exists(name));
+            wait_until_gone(name);
             let error = tap::delete(name).unwrap_err();
             assert!(matches!(error, TapError::System { .. }), "{error}");
             assert!(!exists(name), "deleting must not make one");
@@ -119,7 +129,7 @@ fn a_queue_carries_frames_and_goes_with_its_fd() {
             }
         }
         drop(queue);
-        assert!(!exists("t0"));
+        wait_until_gone("t0");
 
         let options = TapOptions { persistent: true, vnet_header: false, ..TapOptions::new("t0") };
         let queue = tap::open_queue(&options).unwrap();
@@ -144,6 +154,7 @@ fn errors_tell_what_is_wrong() {
             Err(TapError::QueuesDisagree { multi_queue: false, .. })
         ));
         drop(held);
+        wait_until_gone("t0");
         let held = tap::open_queue(&many).unwrap();
         let _second = tap::open_queue(&many).unwrap();
         assert!(matches!(
@@ -293,11 +304,7 @@ fn a_private_namespace_does_not_leak() {
             // A veth goes when its peer does, and that one when its namespace does.
             let result = std::panic::catch_unwind(inside);
             assert_eq!(result.is_err(), panics);
-            let start = Instant::now();
-            while exists("v1") {
-                assert!(start.elapsed() < Duration::from_secs(30), "the namespace is still there");
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            wait_until_gone("v1");
         }
     });
 }

@@ -117,8 +117,7 @@ impl UplinkFilter {
     /// # Errors
     /// None that a working kernel gives.
     pub fn seen(&self) -> Result<impl Iterator<Item = (usize, u16, u64)>, BpfError> {
-        let counts: Vec<u64> =
-            (0..self.seen.entries()).map(|index| self.seen.sum(index)).collect::<Result<_, _>>()?;
+        let counts = self.seen.sums()?;
         let rows = counts.into_iter().enumerate().filter(|&(_, frames)| frames != 0);
         let vids = VIDS as usize;
         Ok(rows.map(move |(index, frames)| (index / vids, (index % vids) as u16, frames)))

@@ -13,7 +13,8 @@
 //! | socket filter | [`UplinkFilter::attach`] | the socket is closed |
 //! | XDP (benches, tests) | [`attach_xdp`] | the returned link is closed |
 //!
-//! [`attach_tc`] takes TCX where it can and clsact otherwise.
+//! [`attach_tc`] takes clsact, which attaches faster; [`move_to_tcx`] moves the program
+//! to TCX, which runs faster, when there is time.
 //!
 //! A tc program at ingress acts after AF_PACKET has seen the frame
 //! (`__netif_receive_skb_core` in net/core/dev.c): so a program that drops
@@ -44,7 +45,7 @@ pub use programs::{
     xdp_count_drop_program, xdp_drop_program,
 };
 pub use syscall::{BpfError, ProgramKind, load};
-pub use tc::{Attached, Direction, Method, attach_tc, detach_tc};
+pub use tc::{Attached, Direction, Method, attach_tc, detach_tc, move_to_tcx};
 pub use xdp::{XdpMode, attach_xdp};
 
 /// Offsets in `struct __sk_buff` (include/uapi/linux/bpf.h): the context of socket

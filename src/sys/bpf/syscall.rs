@@ -123,6 +123,7 @@ pub(super) const PROG_DETACH: Command<ProgramAttach> = Command::new(9);
 pub(super) const PROG_GET_FD_BY_ID: Command<ProgramById> = Command::new(13);
 pub(super) const OBJ_GET_INFO_BY_FD: Command<InfoByFd> = Command::new(15);
 pub(super) const PROG_QUERY: Command<ProgramQuery> = Command::new(16);
+pub(super) const MAP_LOOKUP_BATCH: Command<MapBatch> = Command::new(24);
 pub(super) const LINK_CREATE: Command<LinkCreate> = Command::new(28);
 
 /// A command together with the layout of `union bpf_attr` it reads.
@@ -162,6 +163,24 @@ pub(super) struct MapElement {
     pub flags: u64,
 }
 const _: () = assert!(size_of::<MapElement>() == 32);
+
+/// MAP_LOOKUP_BATCH.
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct MapBatch {
+    pub in_batch: u64,
+    pub out_batch: u64,
+    pub keys: u64,
+    pub values: u64,
+    pub count: u32,
+    pub map_fd: u32,
+    pub elem_flags: u64,
+    pub flags: u64,
+}
+const _: () = {
+    assert!(size_of::<MapBatch>() == 56);
+    assert!(std::mem::offset_of!(MapBatch, count) == 32);
+};
 
 #[repr(C)]
 #[derive(Default)]
