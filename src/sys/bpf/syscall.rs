@@ -133,7 +133,7 @@ pub(super) struct Command<T> {
 }
 
 impl<T> Command<T> {
-    const fn new(number: libc::c_int) -> Self {
+    pub(super) const fn new(number: libc::c_int) -> Self {
         Self { number, layout: std::marker::PhantomData }
     }
 }
