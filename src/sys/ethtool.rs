@@ -97,16 +97,8 @@ impl Features {
         let door = Door::open(device)?;
         let names = door.feature_names()?;
         let blocks = door.feature_blocks(names.len().div_ceil(32))?;
-        let state = |index: usize| {
-            let block = blocks.get(index / 32).copied().unwrap_or_default();
-            let bit = 1_u32 << (index % 32);
-            FeatureState {
-                active: block.active & bit != 0,
-                changeable: block.available & bit != 0 && block.never_changed & bit == 0,
-            }
-        };
         let named = names.into_iter().enumerate();
-        Ok(Self { states: named.map(|(index, name)| (name, state(index))).collect() })
+        Ok(Self { states: named.map(|(index, name)| (name, state(&blocks, index))).collect() })
     }
 
     /// The state of a feature by the kernel's name for it.
@@ -136,14 +128,12 @@ pub fn set(device: &str, feature: &str, on: bool) -> Result<(), EthtoolError> {
     };
     let count = names.len().div_ceil(32);
     let (block, bit) = (index / 32, 1_u32 << (index % 32));
-    let state = || -> Result<(bool, bool), EthtoolError> {
-        let state = door.feature_blocks(count)?.get(block).copied().unwrap_or_default();
-        let changeable = state.available & bit != 0 && state.never_changed & bit == 0;
-        Ok((state.active & bit != 0, changeable))
-    };
+    let state = || Ok(state(&door.feature_blocks(count)?, index));
     match state()? {
-        (active, _) if active == on => return Ok(()),
-        (active, false) => return Err(EthtoolError::Fixed { device, feature, active }),
+        FeatureState { active, .. } if active == on => return Ok(()),
+        FeatureState { active, changeable: false } => {
+            return Err(EthtoolError::Fixed { device, feature, active });
+        }
         _ => {}
     }
     // struct ethtool_sfeatures: command, size, then (valid, requested) for each block.
@@ -158,9 +148,9 @@ pub fn set(device: &str, feature: &str, on: bool) -> Result<(), EthtoolError> {
         }
         other => door.failed("set the features", other),
     })?;
-    match state()? {
-        (active, _) if active == on => Ok(()),
-        (active, _) => Err(EthtoolError::Fixed { device, feature, active }),
+    match state()?.active {
+        active if active == on => Ok(()),
+        active => Err(EthtoolError::Fixed { device, feature, active }),
     }
 }
 
@@ -170,6 +160,16 @@ struct Block {
     available: u32,
     active: u32,
     never_changed: u32,
+}
+
+/// The state of the feature with bit `index`.
+fn state(blocks: &[Block], index: usize) -> FeatureState {
+    let block = blocks.get(index / 32).copied().unwrap_or_default();
+    let bit = 1 << (index % 32);
+    FeatureState {
+        active: block.active & bit != 0,
+        changeable: block.available & bit != 0 && block.never_changed & bit == 0,
+    }
 }
 
 /// A device to ask.
@@ -265,4 +265,39 @@ impl<'a> Door<'a> {
 fn text(words: &[u32]) -> String {
     let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).take_while(|&byte| byte != 0);
     String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_feature_is_fixed_if_the_driver_or_the_kernel_keeps_it() {
+        let blocks = [
+            Block { available: 0b0011, active: 0b0101, never_changed: 0b0010 },
+            Block { available: 1 << 31, active: 1 << 31, never_changed: 0 },
+        ];
+        for (index, active, changeable) in [
+            (0, true, true),
+            (1, false, false),
+            (2, true, false),
+            (3, false, false),
+            (63, true, true),
+            (62, false, false),
+            (64, false, false),
+        ] {
+            assert_eq!(state(&blocks, index), FeatureState { active, changeable }, "{index}");
+        }
+    }
+
+    #[test]
+    fn strings_end_at_their_nul() {
+        let words = |bytes: [u8; 8]| {
+            let [a, b, c, d, e, f, g, h] = bytes;
+            [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
+        };
+        assert_eq!(text(&words(*b"rx-gro\0x")), "rx-gro");
+        assert_eq!(text(&words(*b"rx-gro-x")), "rx-gro-x");
+        assert_eq!(text(&[]), "");
+    }
 }

@@ -163,6 +163,7 @@ pub fn uplink_filter(
     program.load(Width::Word, R1, R0, 0).alu(Alu::ShiftRight, R1, R8);
     program.jump_if(R1, Condition::AnyBit, 1, accept);
 
+    // The common case, the host's own traffic, ends here; `seen` has no entry for it.
     program.jump_if(R8, Condition::Equal, UNTAGGED, reject);
     program.alu(Alu::ShiftLeft, R8, VIDS.trailing_zeros() as i32).alu(Alu::Or, R8, R7);
     program.store(Width::Word, R10, -4, R8).load_map(R1, seen).mov(R2, R10).alu(Alu::Add, R2, -4);
@@ -180,6 +181,8 @@ mod tests {
 
     use super::super::syscall::{Command, bpf};
     use super::*;
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
 
     /// `union bpf_attr` of BPF_PROG_TEST_RUN.
     #[repr(C)]
@@ -237,6 +240,18 @@ mod tests {
                 assert!(seen.contains(&(index, vid, 1)), "{seen:?}");
             }
         }
+        // Each CPU counts for itself; what is read is the sum.
+        let all = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| all.is_set(cpu).unwrap()).collect();
+        for &cpu in &cpus {
+            let mut one = CpuSet::new();
+            one.set(cpu).unwrap();
+            sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+            assert_eq!(run(&filter, &frame(&[(0x9100, 77)])), 0);
+        }
+        let counted = filter.seen().unwrap().find(|&(index, vid, _)| (index, vid) == (2, 77));
+        assert_eq!(counted, Some((2, 77, cpus.len() as u64)));
+
         assert_eq!(run(&filter, &frame(&[])), 0);
         filter.claim_untagged(true).unwrap();
         assert_eq!(run(&filter, &frame(&[])), i32::MAX as u32);
