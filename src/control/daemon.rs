@@ -27,6 +27,7 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +36,10 @@ use tracing::{debug, info, warn};
 
 const SIGNALS: Token = Token(0);
 const LINKS: Token = Token(1);
+/// How long a worker may take to give a device back.
 const DEPARTURES: Duration = Duration::from_millis(200);
+/// Between two seals moved: each holds the kernel's device lock for a while.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 /// The kernel's counters have 32 bits: 20 minutes at 3 million frames a second.
 const COUNT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -170,6 +174,8 @@ pub struct Daemon {
     worker: Option<WorkerHandle>,
     /// Taps this run created: removed if it does not get as far as forwarding.
     created: Vec<(String, u32)>,
+    /// Devices whose seal has not been moved to where it costs least.
+    unsettled: Vec<u32>,
     poll: Poll,
     signals: SignalFd,
 }
@@ -207,6 +213,7 @@ impl Daemon {
             ports,
             worker: None,
             created: Vec::new(),
+            unsettled: Vec::new(),
             poll: Poll::new()?,
             signals,
         };
@@ -252,28 +259,40 @@ impl Daemon {
     fn follow(&mut self, show: &mut impl FnMut(&str)) -> io::Result<()> {
         let mut events = Events::with_capacity(8);
         loop {
-            match self.poll.poll(&mut events, Some(COUNT_INTERVAL)) {
+            let timeout = if self.unsettled.is_empty() { COUNT_INTERVAL } else { SETTLE_INTERVAL };
+            match self.poll.poll(&mut events, Some(timeout)) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
             self.count_overruns();
+            if events.is_empty()
+                && let Some(index) = self.unsettled.pop()
+            {
+                self.host.settle_seal(index);
+            }
             for event in &events {
                 match event.token() {
                     SIGNALS => {
-                        while let Ok(Some(signal)) = self.signals.read_signal() {
-                            if signal.ssi_signo == Signal::SIGUSR1 as u32 {
-                                self.count_overruns();
-                                show(&self.report());
-                            } else {
-                                info!("stopping");
-                                return Ok(());
-                            }
+                        if self.answer_signals(show).is_break() {
+                            return Ok(());
                         }
                     }
                     _ => self.follow_links(),
                 }
             }
         }
+    }
+
+    fn answer_signals(&mut self, show: &mut impl FnMut(&str)) -> ControlFlow<()> {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            if signal.ssi_signo != Signal::SIGUSR1 as u32 {
+                info!("stopping");
+                return ControlFlow::Break(());
+            }
+            self.count_overruns();
+            show(&self.report());
+        }
+        ControlFlow::Continue(())
     }
 
     fn attach_all(&mut self) -> Result<(), StartError> {
@@ -371,6 +390,7 @@ impl Daemon {
         created: bool,
     ) -> Result<Prepared, StartError> {
         let found = self.host.prepare_port(&link, created)?;
+        self.unsettled.push(link.index);
         if let Some(port) = self.ports.get_mut(position) {
             // Held here from now on, so that it is given back whatever happens next.
             port.attached = Some(Attached { index: Some(link.index), counter: None, found });

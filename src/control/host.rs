@@ -5,7 +5,8 @@
 //! AF_PACKET, which still sees every frame. Then the host is kept quiet on the
 //! device (no ARP, no IPv6), a tap gets an MTU that never limits what we send (its
 //! guest does not see it) and no queueing discipline, so that a full guest queue is
-//! told to us instead of dropping in silence; then it goes up.
+//! told to us instead of dropping in silence; then it goes up. The seal is attached
+//! the quick way first, and moved when there is time (docs/adr/0002-seal-by-clsact.md).
 //!
 //! What vlanswitchd created stays as it is when it stops, sealed: a VM may be
 //! attached to it. Devices it found are given back as they were. Created taps carry
@@ -15,7 +16,8 @@ use crate::control::links::{
     LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, disable_ipv6, restore_ipv6,
 };
 use crate::sys::bpf::{
-    self, AssemblyError, BpfError, Direction, ProgramKind, attach_tc, detach_tc, seal_program,
+    self, AssemblyError, BpfError, Direction, ProgramKind, attach_tc, detach_tc, move_to_tcx,
+    seal_program,
 };
 use crate::sys::ethtool::{self, EthtoolError, Features};
 use std::net::IpAddr;
@@ -152,6 +154,14 @@ impl Host {
         };
         self.links.configure(found.index, &settings)?;
         Ok(())
+    }
+
+    /// Moves a sealed device's seal to the place where it costs a frame least. Takes
+    /// the kernel 12-20 ms, hence not part of [`Host::prepare_port`].
+    pub fn settle_seal(&mut self, index: u32) {
+        if let Err(error) = move_to_tcx(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress) {
+            debug!("seal of device {index} stays with clsact: {error}");
+        }
     }
 
     /// Brings a prepared device up.
