@@ -6,22 +6,21 @@
 //! fold the kernel's own counts into ours before they overflow.
 
 use crate::control::cli::{Config, LogFormat};
-use crate::control::host::{FoundPort, FoundUplink, Host, HostError};
-use crate::control::links::{LinkError, LinkEvent, LinkMonitor, LinkState};
-use crate::control::mapping::{DeviceKind, PortConfig, is_reserved};
-use crate::control::privileges::{self, MissingCapabilities};
+use crate::control::host::{FoundPort, FoundUplink, Host};
+use crate::control::links::{LinkEvent, LinkMonitor, LinkState};
+use crate::control::mapping::{DeviceKind, PortConfig};
+use crate::control::parallel::in_parallel;
 use crate::control::report::{
     PortReport, Report, SentReport, UnmappedReport, UplinkReport, port_state,
 };
-use crate::control::{mtu, probe};
-use crate::dataplane::{
-    Command, Departed, PortShared, UplinkShared, Worker, WorkerError, WorkerHandle,
-};
+use crate::control::start_error::StartError;
+use crate::control::{checks, privileges, probe};
+use crate::dataplane::{Command, Departed, PortShared, UplinkShared, Worker, WorkerHandle};
 use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
 use crate::switch::PortIndex;
-use crate::sys::bpf::{BpfError, UplinkFilter};
-use crate::sys::packet::{KernelCounter, PacketError};
-use crate::sys::tap::{self, TapError, TapOptions};
+use crate::sys::bpf::UplinkFilter;
+use crate::sys::packet::KernelCounter;
+use crate::sys::tap::{self, TapOptions};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
@@ -31,7 +30,6 @@ use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
-use thiserror::Error;
 use tracing::{debug, info, warn};
 
 const SIGNALS: Token = Token(0);
@@ -42,94 +40,6 @@ const DEPARTURES: Duration = Duration::from_millis(200);
 const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 /// The kernel's counters have 32 bits: 20 minutes at 3 million frames a second.
 const COUNT_INTERVAL: Duration = Duration::from_secs(60);
-
-/// The switch cannot start.
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// No such uplink.
-    #[error("--uplink {0}: no such network device: `ip link` lists them")]
-    NoUplink(String),
-    /// The uplink carries no Ethernet frames.
-    #[error("--uplink {0}: not an Ethernet device: name a NIC, bond or veth")]
-    UplinkNotEthernet(String),
-    /// A mapped device carries no Ethernet frames.
-    #[error("--map {0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
-    PortNotEthernet(String),
-    /// We would create a device with a name of libvirt's.
-    #[error(
-        "--map {0}: the device does not exist, and its name is reserved by libvirt \
-         (vnet*, vif*, macvtap*, macvlan*): choose another, or create=no if libvirt makes it"
-    )]
-    ReservedName(String),
-    /// An internal port's name is another device's.
-    #[error("--map internal:{0}: a device of that name exists and is no tap: choose another name")]
-    InternalTaken(String),
-    /// Capabilities are missing.
-    #[error(transparent)]
-    Capabilities(#[from] MissingCapabilities),
-    /// Devices cannot be followed or set.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// A device cannot be made ready.
-    #[error(transparent)]
-    Host(#[from] HostError),
-    /// A tap cannot be made.
-    #[error("{name}: {source}")]
-    Tap {
-        /// Its name.
-        name: String,
-        /// Why.
-        source: TapError,
-    },
-    /// BPF does not work.
-    #[error(transparent)]
-    Bpf(#[from] BpfError),
-    /// A packet socket cannot be set up.
-    #[error("{name}: cannot {source}{}", packet_cure(source))]
-    Packet {
-        /// The device.
-        name: String,
-        /// The step and the kernel's answer.
-        source: PacketError,
-    },
-    /// No thread or descriptors.
-    #[error(transparent)]
-    Worker(#[from] WorkerError),
-    /// Signals or polling.
-    #[error("cannot set up the control loop: {0}")]
-    Control(#[from] io::Error),
-}
-
-impl StartError {
-    /// Whether the configuration is at fault: exit status 2.
-    pub fn is_configuration(&self) -> bool {
-        matches!(
-            self,
-            Self::NoUplink(_)
-                | Self::UplinkNotEthernet(_)
-                | Self::PortNotEthernet(_)
-                | Self::ReservedName(_)
-                | Self::InternalTaken(_)
-        )
-    }
-}
-
-fn packet_cure(error: &PacketError) -> &'static str {
-    use nix::errno::Errno;
-    match error.errno {
-        Errno::ENOMEM | Errno::ENOBUFS => {
-            ": the kernel refused the memory; free some, or raise the memory limit of the service"
-        }
-        Errno::EMFILE | Errno::ENFILE => {
-            ": raise the limit of open files (ulimit -n, LimitNOFILE=)"
-        }
-        Errno::EPERM => ": CAP_NET_RAW is missing",
-        Errno::ENOPROTOOPT | Errno::EINVAL => {
-            ": this kernel lacks the feature; vlanswitchd needs Linux 5.10 or newer with CONFIG_PACKET"
-        }
-        _ => "",
-    }
-}
 
 #[derive(Debug)]
 struct Port {
@@ -189,14 +99,14 @@ impl Daemon {
         privileges::check()?;
         let signals = block_signals()?;
         let monitor = LinkMonitor::new()?;
-        check_devices(&config, &monitor)?;
+        checks::devices(&config, monitor.links())?;
         let probe = probe::start();
         let filter = UplinkFilter::new()?;
         for (tpid, vid) in config.table.claims() {
             filter.claim(tpid.index(), vid.get(), true)?;
         }
         filter.claim_untagged(config.table.claims_untagged())?;
-        let uplink_mtu = uplink_mtu(&config, &monitor);
+        let uplink_mtu = checks::uplink_mtu(&config, monitor.links());
         let uplink = Uplink { shared: Arc::default(), filter, mtu: uplink_mtu, attached: None };
         let ports: Vec<Port> = config
             .ports
@@ -484,7 +394,7 @@ impl Daemon {
         }
         for event in events {
             if let Some(old) = event.departed() {
-                self.device_left(old.index);
+                self.device_left(old.index, event.arrived().map(|new| new.name.as_str()));
             }
             if let Some(new) = event.arrived() {
                 self.device_came(new);
@@ -501,22 +411,27 @@ impl Daemon {
         })
     }
 
-    fn device_left(&mut self, index: u32) {
+    /// A device no longer has its name: it is gone, or has a new one.
+    fn device_left(&mut self, index: u32, new_name: Option<&str>) {
         if self.uplink.attached.as_ref().is_some_and(|(attached, ..)| *attached == index) {
             warn!("uplink {} is gone: waiting for it to come back", self.name);
             publish(&self.uplink.shared.link, None);
             self.command(Command::Detach(None));
             self.await_departure(None);
             self.count_overruns();
-            self.uplink.attached = None;
+            if let Some((_, _, found)) = self.uplink.attached.take() {
+                self.host.give_uplink_back(&found.renamed(new_name));
+            }
         } else if let Some((position, port)) = self.port_at(index) {
             info!("{}: gone, waiting for it to come back", port.config.device);
             publish(&port.shared.link, None);
             self.command(Command::Detach(Some(position)));
             self.await_departure(Some(position));
             self.count_overruns();
-            if let Some(port) = self.ports.get_mut(position) {
-                port.attached = None;
+            self.unsettled.retain(|unsettled| *unsettled != index);
+            let attached = self.ports.get_mut(position).and_then(|port| port.attached.take());
+            if let Some(found) = attached.and_then(|attached| attached.found) {
+                self.host.give_port_back(&found.renamed(new_name));
             }
         }
     }
@@ -643,32 +558,6 @@ fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartErr
         .map_err(|source| StartError::Packet { name: link.name.clone(), source })
 }
 
-/// Does something with all items at once. Opening and closing packet sockets is
-/// waiting for the kernel's RCU grace periods (`synchronize_net` in
-/// `net/packet/af_packet.c`, 10-20 ms each), which all who wait together share.
-fn in_parallel<T: Send, R: Send>(items: Vec<T>, f: impl Fn(T) -> R + Sync) -> Vec<R> {
-    const THREADS_MAX: usize = 256;
-    if items.len() < 2 {
-        return items.into_iter().map(f).collect();
-    }
-    let per_thread = items.len().div_ceil(THREADS_MAX);
-    let mut items = items.into_iter();
-    let chunks = std::iter::from_fn(|| {
-        let chunk: Vec<T> = items.by_ref().take(per_thread).collect();
-        (!chunk.is_empty()).then_some(chunk)
-    });
-    std::thread::scope(|scope| {
-        let f = &f;
-        let threads: Vec<_> = chunks
-            .map(|chunk| scope.spawn(move || chunk.into_iter().map(f).collect::<Vec<R>>()))
-            .collect();
-        let results = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        results.flatten().collect()
-    })
-}
-
 fn block_signals() -> Result<SignalFd, io::Error> {
     let mut set = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
@@ -677,67 +566,6 @@ fn block_signals() -> Result<SignalFd, io::Error> {
     // Before any thread starts: they inherit the mask.
     set.thread_block()?;
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
-}
-
-fn check_devices(config: &Config, monitor: &LinkMonitor) -> Result<(), StartError> {
-    let links = monitor.links();
-    let uplink =
-        links.by_name(&config.uplink).ok_or_else(|| StartError::NoUplink(config.uplink.clone()))?;
-    if !uplink.is_ethernet {
-        return Err(StartError::UplinkNotEthernet(config.uplink.clone()));
-    }
-    for port in &config.ports {
-        let name = port.device.clone();
-        let internal = port.kind == DeviceKind::Internal;
-        match (links.by_name(&name), &port.kind) {
-            (Some(link), _) if !link.is_ethernet => return Err(StartError::PortNotEthernet(name)),
-            (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
-                return Err(StartError::InternalTaken(name));
-            }
-            (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) })
-                if is_reserved(&name) =>
-            {
-                return Err(StartError::ReservedName(name));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Says what MTU the uplink needs; returns it if it is to be set.
-fn uplink_mtu(config: &Config, monitor: &LinkMonitor) -> Option<u32> {
-    const USUAL_GUEST_MTU: u32 = 1500;
-    let uplink = monitor.links().by_name(&config.uplink)?;
-    let guest_mtu = config.set_uplink_mtu.unwrap_or(USUAL_GUEST_MTU);
-    let needs = || config.ports.iter().map(|port| mtu::for_port(&port.membership, guest_mtu));
-    let required = needs().map(|need| need.required).max()?;
-    let with_guest_tag = needs().map(|need| need.with_guest_tag).max()?;
-    let name = &config.uplink;
-    if config.set_uplink_mtu.is_some() {
-        if with_guest_tag > uplink.mtu {
-            info!(
-                "uplink {name}: raising its MTU from {} to {with_guest_tag}, for guests with MTU {guest_mtu}",
-                uplink.mtu
-            );
-        }
-        return Some(with_guest_tag);
-    }
-    if required > uplink.mtu {
-        warn!(
-            "uplink {name}: its MTU of {} is too small for full-size frames of guests with MTU {guest_mtu} \
-             behind the configured tags: it takes {required}; use --set-uplink-mtu, or \
-             `ip link set {name} mtu {required}`",
-            uplink.mtu
-        );
-    } else if with_guest_tag > uplink.mtu {
-        info!(
-            "uplink {name}: guests with MTU {guest_mtu} that add VLAN tags of their own need an uplink MTU \
-             of {with_guest_tag} (now {}): --set-uplink-mtu",
-            uplink.mtu
-        );
-    }
-    None
 }
 
 fn publish(place: &Link, link: Option<&LinkState>) {

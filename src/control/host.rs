@@ -83,6 +83,20 @@ pub struct FoundUplink {
     features: Vec<&'static str>,
 }
 
+impl FoundPort {
+    /// The same device under another name, if it has one now.
+    pub fn renamed(self, name: Option<&str>) -> Self {
+        Self { name: name.map_or(self.name, str::to_owned), ..self }
+    }
+}
+
+impl FoundUplink {
+    /// The same device under another name, if it has one now.
+    pub fn renamed(self, name: Option<&str>) -> Self {
+        Self { name: name.map_or(self.name, str::to_owned), ..self }
+    }
+}
+
 /// The host's devices.
 #[derive(Debug)]
 pub struct Host {

@@ -1,12 +1,15 @@
 //! What runs beside the packet path: configuration, following the devices, the
 //! daemon itself. It may block, allocate and log; nothing here is called per frame.
 
+mod checks;
 pub mod cli;
 pub mod daemon;
 mod host;
 pub mod links;
 pub mod mapping;
 mod mtu;
+mod parallel;
 mod privileges;
 mod probe;
 mod report;
+pub mod start_error;

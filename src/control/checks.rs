@@ -1,0 +1,101 @@
+//! Looking at the host's devices before anything is changed.
+
+use crate::control::cli::Config;
+use crate::control::links::Links;
+use crate::control::mapping::{DeviceKind, TapConfig, is_reserved};
+use crate::control::mtu;
+use crate::control::start_error::StartError;
+use crate::sys::tap;
+use tracing::{info, warn};
+
+/// Refuses what cannot work, warns about what may not, and changes nothing.
+///
+/// # Errors
+/// [`StartError`] for the first device that cannot be used.
+pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
+    let uplink =
+        links.by_name(&config.uplink).ok_or_else(|| StartError::NoUplink(config.uplink.clone()))?;
+    if !uplink.is_ethernet {
+        return Err(StartError::UplinkNotEthernet(config.uplink.clone()));
+    }
+    for port in &config.ports {
+        let name = port.device.clone();
+        let internal = port.kind == DeviceKind::Internal;
+        match (links.by_name(&name), &port.kind) {
+            (Some(link), _) if !link.is_ethernet => return Err(StartError::PortNotEthernet(name)),
+            (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
+                return Err(StartError::InternalTaken(name));
+            }
+            (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) })
+                if is_reserved(&name) =>
+            {
+                return Err(StartError::ReservedName(name));
+            }
+            (Some(_), DeviceKind::Netdev { create: Some(wanted) }) => check_tap(&name, wanted),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Compares a tap that exists with the one we would have created: a VMM that cannot
+/// open it says little about why.
+fn check_tap(name: &str, wanted: &TapConfig) {
+    let Ok(Some(tap)) = tap::settings(name) else { return };
+    let cure =
+        format!("remove it with `ip tuntap del {name} mode tap` and vlanswitchd creates it anew");
+    if wanted.queues > 1 && !tap.multi_queue {
+        warn!(
+            "{name}: queues={} asks for a multiqueue tap, but it exists with one queue: {cure}",
+            wanted.queues
+        );
+    }
+    if wanted.queues == 1 && tap.multi_queue {
+        warn!(
+            "{name}: exists as a multiqueue tap, which a VM with one queue cannot open: say queues=N, or {cure}"
+        );
+    }
+    for (option, wanted, found) in
+        [("owner", wanted.owner, tap.owner), ("group", wanted.group, tap.group)]
+    {
+        if wanted.is_some() && wanted != found {
+            let found = found.map_or_else(|| "none".to_owned(), |id| id.to_string());
+            warn!("{name}: its {option} is {found}, not the one asked for: {cure}");
+        }
+    }
+}
+
+/// Says what MTU the uplink needs; returns it if it is to be set.
+pub fn uplink_mtu(config: &Config, links: &Links) -> Option<u32> {
+    const USUAL_GUEST_MTU: u32 = 1500;
+    let uplink = links.by_name(&config.uplink)?;
+    let guest_mtu = config.set_uplink_mtu.unwrap_or(USUAL_GUEST_MTU);
+    let needs = || config.ports.iter().map(|port| mtu::for_port(&port.membership, guest_mtu));
+    let required = needs().map(|need| need.required).max()?;
+    let with_guest_tag = needs().map(|need| need.with_guest_tag).max()?;
+    let name = &config.uplink;
+    if config.set_uplink_mtu.is_some() {
+        if with_guest_tag > uplink.mtu {
+            info!(
+                "uplink {name}: raising its MTU from {} to {with_guest_tag}, for guests with MTU {guest_mtu}",
+                uplink.mtu
+            );
+        }
+        return Some(with_guest_tag);
+    }
+    if required > uplink.mtu {
+        warn!(
+            "uplink {name}: its MTU of {} is too small for full-size frames of guests with MTU {guest_mtu} \
+             behind the configured tags: it takes {required}; use --set-uplink-mtu, or \
+             `ip link set {name} mtu {required}`",
+            uplink.mtu
+        );
+    } else if with_guest_tag > uplink.mtu {
+        info!(
+            "uplink {name}: guests with MTU {guest_mtu} that add VLAN tags of their own need an uplink MTU \
+             of {with_guest_tag} (now {}): --set-uplink-mtu",
+            uplink.mtu
+        );
+    }
+    None
+}

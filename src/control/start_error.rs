@@ -1,0 +1,99 @@
+//! Why the switch cannot start, in words for people.
+
+use crate::control::host::HostError;
+use crate::control::links::LinkError;
+use crate::control::privileges::MissingCapabilities;
+use crate::dataplane::WorkerError;
+use crate::sys::bpf::BpfError;
+use crate::sys::packet::PacketError;
+use crate::sys::tap::TapError;
+use nix::errno::Errno;
+use std::io;
+use thiserror::Error;
+
+/// The switch cannot start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// No such uplink.
+    #[error("--uplink {0}: no such network device: `ip link` lists them")]
+    NoUplink(String),
+    /// The uplink carries no Ethernet frames.
+    #[error("--uplink {0}: not an Ethernet device: name a NIC, bond or veth")]
+    UplinkNotEthernet(String),
+    /// A mapped device carries no Ethernet frames.
+    #[error("--map {0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
+    PortNotEthernet(String),
+    /// We would create a device with a name of libvirt's.
+    #[error(
+        "--map {0}: the device does not exist, and its name is reserved by libvirt \
+         (vnet*, vif*, macvtap*, macvlan*): choose another, or create=no if libvirt makes it"
+    )]
+    ReservedName(String),
+    /// An internal port's name is another device's.
+    #[error("--map internal:{0}: a device of that name exists and is no tap: choose another name")]
+    InternalTaken(String),
+    /// Capabilities are missing.
+    #[error(transparent)]
+    Capabilities(#[from] MissingCapabilities),
+    /// Devices cannot be followed or set.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A device cannot be made ready.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A tap cannot be made.
+    #[error("{name}: {source}")]
+    Tap {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: TapError,
+    },
+    /// BPF does not work.
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    /// A packet socket cannot be set up.
+    #[error("{name}: cannot {source}{}", packet_cure(source))]
+    Packet {
+        /// The device.
+        name: String,
+        /// The step and the kernel's answer.
+        source: PacketError,
+    },
+    /// No thread or descriptors.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// Signals or polling.
+    #[error("cannot set up the control loop: {0}")]
+    Control(#[from] io::Error),
+}
+
+impl StartError {
+    /// Whether the configuration is at fault: exit status 2.
+    pub fn is_configuration(&self) -> bool {
+        matches!(
+            self,
+            Self::NoUplink(_)
+                | Self::UplinkNotEthernet(_)
+                | Self::PortNotEthernet(_)
+                | Self::ReservedName(_)
+                | Self::InternalTaken(_)
+        )
+    }
+}
+
+fn packet_cure(error: &PacketError) -> &'static str {
+    match error.errno {
+        Errno::ENOMEM | Errno::ENOBUFS => {
+            ": the kernel refused the memory; free some, or raise the memory limit of the service"
+        }
+        Errno::EMFILE | Errno::ENFILE => {
+            ": raise the limit of open files (ulimit -n, LimitNOFILE=)"
+        }
+        Errno::EPERM => ": CAP_NET_RAW is missing",
+        Errno::ENOPROTOOPT | Errno::EINVAL => {
+            ": this kernel lacks the feature; vlanswitchd needs Linux 5.10 or newer with CONFIG_PACKET"
+        }
+        _ => "",
+    }
+}
