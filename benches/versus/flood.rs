@@ -247,7 +247,10 @@ pub fn cost(scene: &Scene, direction: Direction, length: usize, bench: &Bench) -
         bail!("of {sent:.0} frames a second only {delivered:.0} arrived: no fair price");
     }
     let idle_cpus = idle.busy / idle.seconds;
-    let marginal = (usage.busy / usage.seconds - idle_cpus).max(0.0);
+    let marginal = usage.busy / usage.seconds - idle_cpus;
+    if marginal <= 0.0 {
+        bail!("others kept the machine busy: no price can be told");
+    }
     Ok(Outcome::new(
         [
             ("busy_ns_per_frame", marginal / delivered * 1e9),

@@ -60,6 +60,8 @@ struct Lines {
     across: &'static str,
     up: &'static str,
     logarithmic: bool,
+    /// Show where nothing would be lost.
+    diagonal: bool,
     lines: Vec<(usize, Vec<(f64, f64)>)>,
 }
 
@@ -98,7 +100,7 @@ pub fn draw(report: &Value, folder: &Path) -> Result<Vec<String>> {
     let lines = [
         (
             "overload.svg",
-            "Delivered under overload, 60 byte frames",
+            "Delivered under overload, 60 byte frames (dashed: nothing lost)",
             report.overload(),
         ),
         (
@@ -256,11 +258,15 @@ impl<'a> Report<'a> {
                 .filter_map(Value::as_str)
                 .collect(),
             footer: format!(
-                "{}, {} CPUs, Linux {}; medians of {} rounds; macvtap does no VLAN work",
+                "{}, {} CPUs, Linux {}; rounds: {}; macvtap does no VLAN work{}",
                 text("/run/machine/processor"),
                 text("/run/machine/processors"),
                 text("/run/machine/kernel"),
                 text("/run/rounds"),
+                match report.get("disturbed").and_then(Value::as_u64) {
+                    None | Some(0) => "",
+                    Some(_) => "; DISTURBED BY OTHER WORK: not to be quoted",
+                },
             ),
         })
     }
@@ -333,7 +339,12 @@ impl<'a> Report<'a> {
             across: "offered, million frames/s",
             up: "delivered, million frames/s",
             logarithmic: false,
-            lines: self.lines(|datapath| self.curve(workload, datapath, "overload")),
+            diagonal: true,
+            lines: self.lines(|datapath| {
+                let mut curve = self.curve(workload, datapath, "overload");
+                curve.sort_by(|one, other| one.0.total_cmp(&other.0));
+                curve
+            }),
         })
         .into()
     }
@@ -349,6 +360,7 @@ impl<'a> Report<'a> {
             across: "share of echoes answered within",
             up: "microseconds",
             logarithmic: true,
+            diagonal: false,
             // Nines: 1 is 90 %, 2 is 99 %, 3 is 99.9 %.
             lines: self.lines(|datapath| {
                 let curve = self.curve(workload, datapath, "distribution");
@@ -371,6 +383,7 @@ impl<'a> Report<'a> {
             across: "mapped ports",
             up: "million frames/s",
             logarithmic: false,
+            diagonal: false,
             // Powers of ten.
             lines: self.lines(|datapath| {
                 (0..=3_u32)
@@ -519,6 +532,7 @@ fn lines_panel(area: &Area, panel: &Lines) -> Result<()> {
     builder
         .caption(panel.title, (FONT, 15))
         .margin(12)
+        .margin_right(26)
         .x_label_area_size(44)
         .y_label_area_size(62);
     let steps = if kind == 2 { 8 } else { 4 };
@@ -538,6 +552,14 @@ fn lines_panel(area: &Area, panel: &Lines) -> Result<()> {
                 .bold_line_style(BLACK.mix(0.12))
                 .draw()
                 .map_err(drawing)?;
+            if panel.diagonal {
+                let end = right.min(top);
+                let style = BLACK.mix(0.4).stroke_width(1);
+                let ends = [(0.0, 0.0), (end, end)];
+                chart
+                    .draw_series(DashedLineSeries::new(ends, 4, 4, style))
+                    .map_err(drawing)?;
+            }
             for (index, points) in &panel.lines {
                 let style = colour(*index).stroke_width(2);
                 chart

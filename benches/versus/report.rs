@@ -50,16 +50,16 @@ impl Results {
     /// Spread of the ratios to another datapath, each within one round.
     pub fn ratio(
         &self,
-        workload: &str,
+        workload: Workload,
         datapath: &str,
         base: &str,
         figure: &str,
     ) -> Option<Spread> {
-        let base = self.by_round(workload, base, figure);
+        let bases = self.by_round(&workload.compared_with().name(), base, figure);
         let ratios: Vec<f64> = self
-            .by_round(workload, datapath, figure)
+            .by_round(&workload.name(), datapath, figure)
             .into_iter()
-            .filter_map(|(round, value)| Some(value / base.get(&round)?))
+            .filter_map(|(round, value)| Some(value / bases.get(&round)?))
             .collect();
         spread(&ratios)
     }
@@ -77,49 +77,77 @@ impl Results {
             .count()
     }
 
-    /// The tables for people.
+    /// The tables for people: a line for each figure, a column for each datapath.
     pub fn table(&self, workloads: &[Workload], datapaths: &[String], base: &str) -> String {
-        let mut text = format!(
-            "{:<26} {:<22} {:<16} {:>10} {:>21} {:>7} {:>15}\n",
-            "workload", "figure", "datapath", "median", "spread", "ratio", "ratio spread"
-        );
+        let mut text = format!("{:<30} {:<22}", "workload", "figure");
+        let width = datapaths.iter().map(String::len).max().unwrap_or(0).max(26);
+        for datapath in datapaths {
+            text.push_str(&format!("  {datapath:<width$}"));
+        }
+        text.push('\n');
         for workload in workloads {
             let name = workload.name();
             for &(figure, more_is_better) in workload.headline() {
+                let mut line = format!(
+                    "{name:<30} {:<22}",
+                    format!("{figure} {}", if more_is_better { '+' } else { '-' })
+                );
+                let mut any = false;
                 for datapath in datapaths {
-                    let Some(values) = self.spread(&name, datapath, figure) else {
-                        continue;
-                    };
-                    let ratio = self
-                        .ratio(&name, datapath, base, figure)
-                        .filter(|_| datapath != base);
-                    let shown_figure =
-                        format!("{figure} {}", if more_is_better { "^" } else { "v" });
-                    text.push_str(&format!(
-                        "{name:<26} {shown_figure:<22} {datapath:<16} {:>10.3} {:>21} {:>7} {:>15}\n",
-                        values.median,
-                        format!("{:.3}..{:.3}", values.least, values.greatest),
-                        ratio.map_or_else(String::new, |ratio| format!("{:.2}", ratio.median)),
-                        ratio.map_or_else(String::new, |ratio| format!("{:.2}..{:.2}", ratio.least, ratio.greatest)),
-                    ));
+                    let cell = self.cell(*workload, datapath, base, figure);
+                    any |= cell.is_some();
+                    line.push_str(&format!("  {:<width$}", cell.unwrap_or_else(|| "-".into())));
+                }
+                if any {
+                    text.push_str(line.trim_end());
+                    text.push('\n');
                 }
             }
         }
-        text.push_str("^ more is better, v less is better; ratio: to macvtap in the same round, median over rounds\n");
+        text.push_str(
+            "\n+ more is better, - less is better. Median over the rounds, then the median of the ratios to macvtap\n\
+             within each round (least..greatest); ports-N: ratio to macvtap with its one port.\n",
+        );
+        let mut reasons: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
         for (workload, datapath, reason) in &self.failures {
+            reasons
+                .entry((datapath, reason))
+                .or_default()
+                .push(workload);
+        }
+        for ((datapath, reason), mut workloads) in reasons {
+            workloads.dedup();
             text.push_str(&format!(
-                "not measured: {workload} with {datapath}: {reason}\n"
+                "not measured with {datapath}: {}: {reason}\n",
+                workloads.join(", ")
             ));
         }
         if self.disturbed() > 0 {
             text.push_str(&format!(
                 "WARNING: in {} of {} measurements other programs or the hypervisor took processor time: \
-                 those figures are not to be quoted\n",
+                 these figures are not to be quoted\n",
                 self.disturbed(),
                 self.measurements.len()
             ));
         }
         text
+    }
+
+    fn cell(&self, workload: Workload, datapath: &str, base: &str, figure: &str) -> Option<String> {
+        let median = self.spread(&workload.name(), datapath, figure)?.median;
+        let digits = if median >= 100.0 { 0 } else { 3 };
+        let ratio = self
+            .ratio(workload, datapath, base, figure)
+            .filter(|_| datapath != base);
+        Some(ratio.map_or_else(
+            || format!("{median:.digits$}"),
+            |ratio| {
+                format!(
+                    "{median:.digits$}  x{:.2} ({:.2}..{:.2})",
+                    ratio.median, ratio.least, ratio.greatest
+                )
+            },
+        ))
     }
 
     /// All that was measured, and the table's medians and ratios.
@@ -150,7 +178,7 @@ impl Results {
                         summary.push(json!({
                             "workload": name, "figure": figure, "more_is_better": more_is_better,
                             "datapath": datapath, "value": shown(values),
-                            "ratio": self.ratio(&name, datapath, base, figure).map(shown),
+                            "ratio": self.ratio(*workload, datapath, base, figure).map(shown),
                         }));
                     }
                 }
@@ -163,6 +191,7 @@ impl Results {
             .collect();
         json!({
             "run": run, "ratio_base": base, "summary": summary, "measurements": measurements, "failures": failures,
+            "disturbed": self.disturbed(),
         })
     }
 }

@@ -185,6 +185,14 @@ impl Workload {
         }
     }
 
+    /// The workload of the datapath that ratios are taken against.
+    pub fn compared_with(self) -> Self {
+        match self {
+            Self::Ports { .. } => Self::Ports { count: 1 },
+            same => same,
+        }
+    }
+
     /// The figures to compare, most telling first, and whether more is better.
     pub fn headline(self) -> &'static [(&'static str, bool)] {
         match self {
