@@ -55,10 +55,7 @@ pub struct Running {
 impl Datapath {
     /// What every ratio is taken against: untagged, doing no VLAN work.
     pub fn macvtap() -> Self {
-        Self {
-            name: "macvtap".into(),
-            kind: Kind::Macvtap,
-        }
+        Self { name: "macvtap".into(), kind: Kind::Macvtap }
     }
 
     /// A build of vlanswitchd: `[LABEL=]PATH [ARGS...]`.
@@ -72,18 +69,12 @@ impl Datapath {
         if !Path::new(program).is_file() {
             bail!("--daemon {program}: no such file");
         }
-        Ok(Self {
-            name: label.into(),
-            kind: Kind::Daemon(words),
-        })
+        Ok(Self { name: label.into(), kind: Kind::Daemon(words) })
     }
 
     /// Another switch.
     pub fn peer(peer: Peer) -> Self {
-        Self {
-            name: peer.name().into(),
-            kind: Kind::Peer(peer),
-        }
+        Self { name: peer.name().into(), kind: Kind::Peer(peer) }
     }
 
     /// The program and arguments behind a column, for the record.
@@ -155,10 +146,7 @@ pub fn start_macvtap(host: &Namespace, lower: &str, scratch: &Path) -> Result<Ru
         "mount -t sysfs s /sys && cat /sys/class/net/mac0/tap*/dev",
     ];
     let number = host.command_words(words.map(String::from).to_vec())?;
-    let (major, minor) = number
-        .trim()
-        .split_once(':')
-        .context("macvtap has no device number")?;
+    let (major, minor) = number.trim().split_once(':').context("macvtap has no device number")?;
     let node = scratch.join("macvtap");
     // Left over from an earlier start in the same folder, or absent.
     let _ = std::fs::remove_file(&node);
@@ -170,10 +158,7 @@ pub fn start_macvtap(host: &Namespace, lower: &str, scratch: &Path) -> Result<Ru
     )
     .context("cannot make the macvtap's device node")?;
     let guest = host.run(move || kernel::open_macvtap(&node))??;
-    Ok(Running {
-        guest,
-        children: Vec::new(),
-    })
+    Ok(Running { guest, children: Vec::new() })
 }
 
 fn start_daemon(
@@ -184,30 +169,17 @@ fn start_daemon(
 ) -> Result<Running> {
     let mut arguments = words.to_vec();
     let program = arguments.remove(0);
-    arguments.extend([
-        "--uplink".into(),
-        UPLINK.into(),
-        "--map".into(),
-        format!("{VLAN}={TAP}"),
-    ]);
+    arguments.extend(["--uplink".into(), UPLINK.into(), "--map".into(), format!("{VLAN}={TAP}")]);
     for extra in 1..ports {
-        arguments.extend([
-            "--map".into(),
-            format!("{}=tap{extra}", usize::from(VLAN) + extra),
-        ]);
+        arguments.extend(["--map".into(), format!("{}=tap{extra}", usize::from(VLAN) + extra)]);
     }
     let (child, log) = start_logged(host, "daemon", &program, &arguments, scratch)?;
     let mut running = Children(vec![child]);
     wait_for(&mut running, &log, "forwarding", || {
-        Ok(std::fs::read_to_string(&log)?
-            .lines()
-            .any(|line| line.starts_with("forwarding:")))
+        Ok(std::fs::read_to_string(&log)?.lines().any(|line| line.starts_with("forwarding:")))
     })?;
     let guest = host.run(|| kernel::open_tap(TAP))??;
-    Ok(Running {
-        guest,
-        children: running.take(),
-    })
+    Ok(Running { guest, children: running.take() })
 }
 
 /// A program that is not vlanswitchd: gets a tap that is up and has no queue discipline, and
@@ -243,10 +215,7 @@ fn start_foreign(host: &Namespace, words: &[String], scratch: &Path) -> Result<R
         devices.dedup();
         Ok(devices.len() >= 2)
     })?;
-    Ok(Running {
-        guest,
-        children: running.take(),
-    })
+    Ok(Running { guest, children: running.take() })
 }
 
 /// Starts a program with its output in a log in `scratch`.
@@ -276,10 +245,7 @@ pub fn wait_for(
         let said = || std::fs::read_to_string(log).unwrap_or_default();
         for child in &mut children.0 {
             if let Some(status) = child.try_wait()? {
-                bail!(
-                    "it ended ({status}) instead of {what}; it said:\n{}",
-                    said()
-                );
+                bail!("it ended ({status}) instead of {what}; it said:\n{}", said());
             }
         }
         if Instant::now() > end {
@@ -322,10 +288,7 @@ fn stop(children: &mut [Child]) {
     for child in children {
         while let Ok(None) = child.try_wait() {
             if Instant::now() > end {
-                eprintln!(
-                    "warning: process {} ignored SIGTERM and was killed",
-                    child.id()
-                );
+                eprintln!("warning: process {} ignored SIGTERM and was killed", child.id());
                 let _ = child.kill();
                 let _ = child.wait();
                 break;

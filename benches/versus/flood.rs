@@ -47,35 +47,17 @@ impl<'a> Path<'a> {
             Direction::ToWire => None,
             Direction::ToGuest => Some(guest_receiver(&scene.datapath.guest, length)?),
         };
-        Ok(Self {
-            scene,
-            direction,
-            length,
-            processors: bench.processors,
-            receiver,
-        })
+        Ok(Self { scene, direction, length, processors: bench.processors, receiver })
     }
 
     fn send(&self, pace: Pace, limit: u64) -> Result<Worker> {
         match self.direction {
-            Direction::ToWire => guest_sender(
-                &self.scene.datapath.guest,
-                self.length,
-                pace,
-                limit,
-                self.processors,
-            ),
+            Direction::ToWire => {
+                guest_sender(&self.scene.datapath.guest, self.length, pace, limit, self.processors)
+            }
             Direction::ToGuest => {
                 let (far, vlan) = (&self.scene.far, self.scene.vlan);
-                wire_sender(
-                    far,
-                    FAR_DEVICE,
-                    self.length,
-                    vlan,
-                    pace,
-                    limit,
-                    self.processors,
-                )
+                wire_sender(far, FAR_DEVICE, self.length, vlan, pace, limit, self.processors)
             }
         }
     }
@@ -105,9 +87,7 @@ impl<'a> Path<'a> {
     fn trial(&self, rate: f64, time: Duration) -> Result<Trial> {
         let before = self.drain()?;
         let opened = Instant::now();
-        let sent = self
-            .send(Pace::Even(rate), (rate * time.as_secs_f64()) as u64)?
-            .finish()?;
+        let sent = self.send(Pace::Even(rate), (rate * time.as_secs_f64()) as u64)?.finish()?;
         let seconds = opened.elapsed().as_secs_f64();
         let arrived = self.drain()? - before;
         Ok(Trial {
@@ -159,11 +139,7 @@ impl<'a> Path<'a> {
             } else {
                 bad = rate;
             }
-            rate = if good == 0.0 {
-                bad * 0.7
-            } else {
-                (good + bad) / 2.0
-            };
+            rate = if good == 0.0 { bad * 0.7 } else { (good + bad) / 2.0 };
         }
         if good == 0.0 {
             bail!("frames are lost at any rate");
@@ -185,10 +161,7 @@ pub fn flood(scene: &Scene, direction: Direction, length: usize, bench: &Bench) 
         [
             ("offered_mpps", sent / 1e6),
             ("delivered_mpps", delivered / 1e6),
-            (
-                "busy_ns_per_frame",
-                usage.busy / usage.seconds / delivered * 1e9,
-            ),
+            ("busy_ns_per_frame", usage.busy / usage.seconds / delivered * 1e9),
         ],
         &usage,
     ))
@@ -216,10 +189,7 @@ pub fn throughput(
             at_three = Some(trial);
         }
     }
-    let peak = curve
-        .iter()
-        .map(|&(_, delivered)| delivered)
-        .fold(lossless / 1e6, f64::max);
+    let peak = curve.iter().map(|&(_, delivered)| delivered).fold(lossless / 1e6, f64::max);
     let at_three = at_three.context("no trial at three times the lossless rate")?;
     Ok(Outcome::new(
         [
@@ -269,13 +239,8 @@ pub fn ports(datapath: &Datapath, count: usize, bench: &Bench) -> Result<Outcome
     let ([], idle) = window(bench, || Ok([]))?;
     let to_wire = flood(&scene, Direction::ToWire, 60, bench)?;
     let to_guest = flood(&scene, Direction::ToGuest, 60, bench)?;
-    let delivered = |outcome: &Outcome| {
-        outcome
-            .figures
-            .get("delivered_mpps")
-            .copied()
-            .unwrap_or(0.0)
-    };
+    let delivered =
+        |outcome: &Outcome| outcome.figures.get("delivered_mpps").copied().unwrap_or(0.0);
     let disturbed = |outcome: &Outcome| outcome.figures.get("disturbed").copied().unwrap_or(0.0);
     let mut outcome = Outcome::new(
         [
@@ -286,9 +251,7 @@ pub fn ports(datapath: &Datapath, count: usize, bench: &Bench) -> Result<Outcome
         ],
         &idle,
     );
-    let disturbed = disturbed(&to_wire)
-        .max(disturbed(&to_guest))
-        .max(disturbed(&outcome));
+    let disturbed = disturbed(&to_wire).max(disturbed(&to_guest)).max(disturbed(&outcome));
     outcome.figures.insert("disturbed".into(), disturbed);
     Ok(outcome)
 }

@@ -54,10 +54,7 @@ fn prepare(node: &Path, name: &str) -> Result<File> {
     }
     let fd = file.as_raw_fd();
     // SAFETY: fd is open; TUNSETIFF reads and writes one ifreq, which outlives the call.
-    check(
-        unsafe { libc::ioctl(fd, libc::TUNSETIFF, &raw mut request) },
-        "TUNSETIFF",
-    )?;
+    check(unsafe { libc::ioctl(fd, libc::TUNSETIFF, &raw mut request) }, "TUNSETIFF")?;
     let header_length = HEADER_LENGTH as libc::c_int;
     // SAFETY: fd is open; TUNSETVNETHDRSZ reads one int, which outlives the call.
     check(
@@ -71,10 +68,7 @@ fn prepare(node: &Path, name: &str) -> Result<File> {
     )?;
     let in_flight = libc::c_int::MAX;
     // SAFETY: fd is open; TUNSETSNDBUF reads one int, which outlives the call.
-    check(
-        unsafe { libc::ioctl(fd, libc::TUNSETSNDBUF, &raw const in_flight) },
-        "TUNSETSNDBUF",
-    )?;
+    check(unsafe { libc::ioctl(fd, libc::TUNSETSNDBUF, &raw const in_flight) }, "TUNSETSNDBUF")?;
     Ok(file)
 }
 
@@ -97,19 +91,13 @@ impl Burst {
     /// Room for `most` copies of `frame`.
     pub fn new(frame: Vec<u8>, most: usize) -> Self {
         let mut frame = frame.into_boxed_slice();
-        let mut slice = Box::new(libc::iovec {
-            iov_base: frame.as_mut_ptr().cast(),
-            iov_len: frame.len(),
-        });
+        let mut slice =
+            Box::new(libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() });
         // SAFETY: mmsghdr is plain data of the kernel's; all zeros is a message without parts.
         let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
         header.msg_hdr.msg_iov = &raw mut *slice;
         header.msg_hdr.msg_iovlen = 1;
-        Self {
-            headers: vec![header; most],
-            _slice: slice,
-            _frame: frame,
-        }
+        Self { headers: vec![header; most], _slice: slice, _frame: frame }
     }
 
     /// Sends up to `frames` copies without waiting; how many were taken.

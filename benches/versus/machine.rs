@@ -62,11 +62,7 @@ impl Sample {
     /// Reads the counters now.
     pub fn take() -> Result<Self> {
         let foreign = foreign_seconds()?;
-        Ok(Self {
-            totals: totals()?,
-            at: Instant::now(),
-            foreign,
-        })
+        Ok(Self { totals: totals()?, at: Instant::now(), foreign })
     }
 
     /// What happened from this reading to now.
@@ -185,14 +181,8 @@ fn totals() -> Result<Totals> {
 fn foreign_seconds() -> Result<HashMap<i32, f64>> {
     let mut parents = HashMap::new();
     let mut seconds = HashMap::new();
-    for entry in fs::read_dir("/proc")
-        .context("cannot list /proc")?
-        .flatten()
-    {
-        let Some(process) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<i32>().ok())
+    for entry in fs::read_dir("/proc").context("cannot list /proc")?.flatten() {
+        let Some(process) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok())
         else {
             continue;
         };
@@ -206,10 +196,7 @@ fn foreign_seconds() -> Result<HashMap<i32, f64>> {
         };
         let fields: Vec<&str> = rest.split_whitespace().collect();
         let number = |index: usize| {
-            fields
-                .get(index)
-                .and_then(|field| field.parse::<i64>().ok())
-                .unwrap_or(0)
+            fields.get(index).and_then(|field| field.parse::<i64>().ok()).unwrap_or(0)
         };
         parents.insert(process, number(1) as i32);
         let ticks: i64 = (11..=14).map(number).sum();
@@ -235,12 +222,7 @@ fn foreign_seconds() -> Result<HashMap<i32, f64>> {
 
 /// Description of the machine for the report.
 pub fn describe() -> Value {
-    let read = |path: &str| {
-        fs::read_to_string(path)
-            .unwrap_or_default()
-            .trim()
-            .to_owned()
-    };
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let processor = read("/proc/cpuinfo")
         .lines()
         .find_map(|line| {

@@ -31,28 +31,21 @@ impl Namespace {
     pub fn new() -> Result<Self> {
         let (jobs, queue) = channel::<Job>();
         let (ready, started) = channel();
-        let keeper = std::thread::Builder::new()
-            .name("namespace".into())
-            .spawn(move || {
-                let opened = unshare(CloneFlags::CLONE_NEWNET)
-                    .map_err(anyhow::Error::from)
-                    .and_then(|()| Ok(File::open("/proc/thread-self/ns/net")?))
-                    .map(|handle| (handle, nix::unistd::gettid().as_raw()));
-                if ready.send(opened).is_ok() {
-                    for job in queue {
-                        job();
-                    }
+        let keeper = std::thread::Builder::new().name("namespace".into()).spawn(move || {
+            let opened = unshare(CloneFlags::CLONE_NEWNET)
+                .map_err(anyhow::Error::from)
+                .and_then(|()| Ok(File::open("/proc/thread-self/ns/net")?))
+                .map(|handle| (handle, nix::unistd::gettid().as_raw()));
+            if ready.send(opened).is_ok() {
+                for job in queue {
+                    job();
                 }
-            })?;
+            }
+        })?;
         let (handle, keeper_thread) = started
             .recv()?
             .context("cannot make a network namespace: run as root (CAP_SYS_ADMIN)")?;
-        let namespace = Self {
-            handle,
-            keeper_thread,
-            jobs: Some(jobs),
-            keeper: Some(keeper),
-        };
+        let namespace = Self { handle, keeper_thread, jobs: Some(jobs), keeper: Some(keeper) };
         namespace.run(|| {
             for scope in ["all", "default"] {
                 let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
@@ -79,8 +72,7 @@ impl Namespace {
             // The receiver waits below; if it is gone the harness is being torn down.
             let _ = answer.send(job());
         });
-        jobs.send(job)
-            .map_err(|_| anyhow!("the namespace's thread ended"))?;
+        jobs.send(job).map_err(|_| anyhow!("the namespace's thread ended"))?;
         result.recv().context("a job in a namespace panicked")
     }
 

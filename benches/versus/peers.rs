@@ -28,12 +28,8 @@ pub enum Peer {
 
 impl Peer {
     /// All of them.
-    pub const ALL: [Self; 4] = [
-        Self::MacvtapOnVlan,
-        Self::Bridge,
-        Self::OpenVswitch,
-        Self::Testpmd,
-    ];
+    pub const ALL: [Self; 4] =
+        [Self::MacvtapOnVlan, Self::Bridge, Self::OpenVswitch, Self::Testpmd];
 
     /// Name of the column.
     pub fn name(self) -> &'static str {
@@ -66,13 +62,9 @@ impl Peer {
         };
         let refused = |commands: &[&str]| {
             let tried = Namespace::new().and_then(|namespace| {
-                commands
-                    .iter()
-                    .try_for_each(|command| namespace.command(command).map(drop))
+                commands.iter().try_for_each(|command| namespace.command(command).map(drop))
             });
-            tried
-                .err()
-                .map(|error| format!("this kernel cannot do it: {error}"))
+            tried.err().map(|error| format!("this kernel cannot do it: {error}"))
         };
         match self {
             Self::MacvtapOnVlan => refused(&[
@@ -90,9 +82,7 @@ impl Peer {
     pub fn start(self, host: &Namespace, scratch: &Path) -> Result<Running> {
         match self {
             Self::MacvtapOnVlan => {
-                host.command(&format!(
-                    "ip link add link {UPLINK} name vlan0 type vlan id {VLAN}"
-                ))?;
+                host.command(&format!("ip link add link {UPLINK} name vlan0 type vlan id {VLAN}"))?;
                 host.command("ip link set vlan0 up")?;
                 start_macvtap(host, "vlan0", scratch)
             }
@@ -122,10 +112,7 @@ fn start_bridge(host: &Namespace) -> Result<Running> {
     ] {
         host.command(&command)?;
     }
-    Ok(Running {
-        guest,
-        children: Vec::new(),
-    })
+    Ok(Running { guest, children: Vec::new() })
 }
 
 fn start_openvswitch(host: &Namespace, scratch: &Path) -> Result<Running> {
@@ -174,24 +161,17 @@ fn start_openvswitch(host: &Namespace, scratch: &Path) -> Result<Running> {
          -- add-port br0 {TAP} -- set interface {TAP} ofport_request=2"
     ))?;
     let management = path("br0.mgmt");
-    wait_for(&mut running, &log, "open for management", || {
-        Ok(Path::new(&management).exists())
-    })?;
+    wait_for(&mut running, &log, "open for management", || Ok(Path::new(&management).exists()))?;
     // OpenFlow 1.3: 4096 is the bit that says that there is a tag.
     let tag = 4096 + VLAN;
     for flow in [
         format!("in_port=2,actions=push_vlan:0x8100,set_field:{tag}->vlan_vid,output:1"),
         format!("in_port=1,vlan_vid={tag},actions=pop_vlan,output:2"),
     ] {
-        host.command(&format!(
-            "ovs-ofctl -O OpenFlow13 add-flow {management} {flow}"
-        ))
-        .context("the switch took no flow")?;
+        host.command(&format!("ovs-ofctl -O OpenFlow13 add-flow {management} {flow}"))
+            .context("the switch took no flow")?;
     }
-    Ok(Running {
-        guest,
-        children: running.take(),
-    })
+    Ok(Running { guest, children: running.take() })
 }
 
 fn start_testpmd(host: &Namespace, scratch: &Path) -> Result<Running> {
@@ -209,8 +189,5 @@ fn start_testpmd(host: &Namespace, scratch: &Path) -> Result<Running> {
     wait_for(&mut running, &log, "forwarding", || {
         Ok(std::fs::read_to_string(&log)?.contains("Port statistics"))
     })?;
-    Ok(Running {
-        guest,
-        children: running.take(),
-    })
+    Ok(Running { guest, children: running.take() })
 }

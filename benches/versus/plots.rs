@@ -40,11 +40,7 @@ struct Group {
 }
 
 const fn group(label: &'static str, workload: &'static str, figure: &'static str) -> Group {
-    Group {
-        label,
-        workload,
-        figure,
-    }
+    Group { label, workload, figure }
 }
 
 /// A panel of grouped bars.
@@ -71,16 +67,8 @@ pub fn draw(report: &Value, folder: &Path) -> Result<Vec<String>> {
     let report = Report::new(report)?;
     let mut drawn = Vec::new();
     let bars: [(&str, &str, &[Bars]); 4] = [
-        (
-            "frame-rate.svg",
-            "Frames per second by frame size",
-            FRAME_RATE,
-        ),
-        (
-            "lossless.svg",
-            "Throughput at no more than 0.1 % loss, by frame size",
-            LOSSLESS,
-        ),
+        ("frame-rate.svg", "Frames per second by frame size", FRAME_RATE),
+        ("lossless.svg", "Throughput at no more than 0.1 % loss, by frame size", LOSSLESS),
         ("tcp.svg", "TCP between real network stacks", TCP),
         ("cost.svg", "Processor time of the whole machine", COST),
     ];
@@ -88,11 +76,9 @@ pub fn draw(report: &Value, folder: &Path) -> Result<Vec<String>> {
         let panels: Vec<&Bars> = panels.iter().filter(|panel| report.has(panel)).collect();
         if !panels.is_empty() {
             let path = folder.join(file);
-            report.page(&path, title, panels.len(), |area, index| {
-                match panels.get(index) {
-                    Some(panel) => report.bars(area, panel),
-                    None => Ok(()),
-                }
+            report.page(&path, title, panels.len(), |area, index| match panels.get(index) {
+                Some(panel) => report.bars(area, panel),
+                None => Ok(()),
             })?;
             drawn.push(file.into());
         }
@@ -108,24 +94,16 @@ pub fn draw(report: &Value, folder: &Path) -> Result<Vec<String>> {
             "Round-trip time from a guest, by share of the echoes",
             report.round_trips(),
         ),
-        (
-            "ports.svg",
-            "Many mapped ports, traffic on one, 60 byte frames",
-            report.ports(),
-        ),
+        ("ports.svg", "Many mapped ports, traffic on one, 60 byte frames", report.ports()),
     ];
     for (file, title, panels) in lines {
-        let panels: Vec<Lines> = panels
-            .into_iter()
-            .filter(|panel| !panel.lines.is_empty())
-            .collect();
+        let panels: Vec<Lines> =
+            panels.into_iter().filter(|panel| !panel.lines.is_empty()).collect();
         if !panels.is_empty() {
             let path = folder.join(file);
-            report.page(&path, title, panels.len(), |area, index| {
-                match panels.get(index) {
-                    Some(panel) => lines_panel(area, panel),
-                    None => Ok(()),
-                }
+            report.page(&path, title, panels.len(), |area, index| match panels.get(index) {
+                Some(panel) => lines_panel(area, panel),
+                None => Ok(()),
             })?;
             drawn.push(file.into());
         }
@@ -161,11 +139,7 @@ const LOSSLESS: &[Bars] = &[
         groups: &[
             group("60 bytes", "throughput-guest-to-wire-60", "lossless_mpps"),
             group("512 bytes", "throughput-guest-to-wire-512", "lossless_mpps"),
-            group(
-                "1514 bytes",
-                "throughput-guest-to-wire-1514",
-                "lossless_mpps",
-            ),
+            group("1514 bytes", "throughput-guest-to-wire-1514", "lossless_mpps"),
         ],
     },
     Bars {
@@ -174,11 +148,7 @@ const LOSSLESS: &[Bars] = &[
         groups: &[
             group("60 bytes", "throughput-wire-to-guest-60", "lossless_mpps"),
             group("512 bytes", "throughput-wire-to-guest-512", "lossless_mpps"),
-            group(
-                "1514 bytes",
-                "throughput-wire-to-guest-1514",
-                "lossless_mpps",
-            ),
+            group("1514 bytes", "throughput-wire-to-guest-1514", "lossless_mpps"),
         ],
     },
 ];
@@ -200,34 +170,18 @@ const COST: &[Bars] = &[
         unit: "ns per frame",
         groups: &[
             group("to wire, 60", "cost-guest-to-wire-60", "busy_ns_per_frame"),
-            group(
-                "to wire, 1514",
-                "cost-guest-to-wire-1514",
-                "busy_ns_per_frame",
-            ),
+            group("to wire, 1514", "cost-guest-to-wire-1514", "busy_ns_per_frame"),
             group("to guest, 60", "cost-wire-to-guest-60", "busy_ns_per_frame"),
-            group(
-                "to guest, 1514",
-                "cost-wire-to-guest-1514",
-                "busy_ns_per_frame",
-            ),
+            group("to guest, 1514", "cost-wire-to-guest-1514", "busy_ns_per_frame"),
         ],
     },
     Bars {
         title: "per byte of bulk TCP, both stacks included",
         unit: "ns per KiB",
         groups: &[
-            group(
-                "to wire, 1 stream",
-                "tcp-guest-to-wire-1",
-                "busy_ns_per_kibibyte",
-            ),
+            group("to wire, 1 stream", "tcp-guest-to-wire-1", "busy_ns_per_kibibyte"),
             group("to wire, 8", "tcp-guest-to-wire-8", "busy_ns_per_kibibyte"),
-            group(
-                "to guest, 1 stream",
-                "tcp-wire-to-guest-1",
-                "busy_ns_per_kibibyte",
-            ),
+            group("to guest, 1 stream", "tcp-wire-to-guest-1", "busy_ns_per_kibibyte"),
             group("to guest, 8", "tcp-wire-to-guest-8", "busy_ns_per_kibibyte"),
         ],
     },
@@ -290,9 +244,7 @@ impl<'a> Report<'a> {
             .iter()
             .flat_map(|group| self.datapaths.iter().map(move |datapath| (group, datapath)));
         all.into_iter().any(|(group, datapath)| {
-            !self
-                .values(group.workload, datapath, group.figure)
-                .is_empty()
+            !self.values(group.workload, datapath, group.figure).is_empty()
         })
     }
 
@@ -309,10 +261,8 @@ impl<'a> Report<'a> {
         let length = rounds.iter().map(Vec::len).min().unwrap_or(0);
         (0..length)
             .filter_map(|index| {
-                let at: Vec<(f64, f64)> = rounds
-                    .iter()
-                    .filter_map(|round| round.get(index).copied())
-                    .collect();
+                let at: Vec<(f64, f64)> =
+                    rounds.iter().filter_map(|round| round.get(index).copied()).collect();
                 let across = spread(&at.iter().map(|point| point.0).collect::<Vec<_>>())?;
                 let up = spread(&at.iter().map(|point| point.1).collect::<Vec<_>>())?;
                 Some((across.median, up.median))
@@ -321,11 +271,8 @@ impl<'a> Report<'a> {
     }
 
     fn lines(&self, line: impl Fn(&str) -> Vec<(f64, f64)>) -> Vec<(usize, Vec<(f64, f64)>)> {
-        let all = self
-            .datapaths
-            .iter()
-            .enumerate()
-            .map(|(index, datapath)| (index, line(datapath)));
+        let all =
+            self.datapaths.iter().enumerate().map(|(index, datapath)| (index, line(datapath)));
         all.filter(|(_, points)| !points.is_empty()).collect()
     }
 
@@ -364,40 +311,34 @@ impl<'a> Report<'a> {
             // Nines: 1 is 90 %, 2 is 99 %, 3 is 99.9 %.
             lines: self.lines(|datapath| {
                 let curve = self.curve(workload, datapath, "distribution");
-                curve
-                    .into_iter()
-                    .map(|(share, time)| (-(1.0 - share).log10(), time))
-                    .collect()
+                curve.into_iter().map(|(share, time)| (-(1.0 - share).log10(), time)).collect()
             }),
         })
         .into()
     }
 
     fn ports(&self) -> Vec<Lines> {
-        [
-            ("guest to wire", "to_wire_mpps"),
-            ("wire to guest", "to_guest_mpps"),
-        ]
-        .map(|(title, figure)| Lines {
-            title,
-            across: "mapped ports",
-            up: "million frames/s",
-            logarithmic: false,
-            diagonal: false,
-            // Powers of ten.
-            lines: self.lines(|datapath| {
-                (0..=3_u32)
-                    .filter_map(|power| {
-                        let workload = format!("ports-{}", 10_u32.pow(power));
-                        Some((
-                            f64::from(power),
-                            spread(&self.values(&workload, datapath, figure))?.median,
-                        ))
-                    })
-                    .collect()
-            }),
-        })
-        .into()
+        [("guest to wire", "to_wire_mpps"), ("wire to guest", "to_guest_mpps")]
+            .map(|(title, figure)| Lines {
+                title,
+                across: "mapped ports",
+                up: "million frames/s",
+                logarithmic: false,
+                diagonal: false,
+                // Powers of ten.
+                lines: self.lines(|datapath| {
+                    (0..=3_u32)
+                        .filter_map(|power| {
+                            let workload = format!("ports-{}", 10_u32.pow(power));
+                            Some((
+                                f64::from(power),
+                                spread(&self.values(&workload, datapath, figure))?.median,
+                            ))
+                        })
+                        .collect()
+                }),
+            })
+            .into()
     }
 
     /// Title, panels side by side, legend.
@@ -412,21 +353,13 @@ impl<'a> Report<'a> {
         let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
         root.fill(&WHITE).map_err(drawing)?;
         let (head, rest) = root.split_vertically(TITLE_HEIGHT);
-        write(
-            &head,
-            title,
-            (i32::try_from(WIDTH / 2)?, 26),
-            20,
-            HPos::Center,
-        )?;
+        write(&head, title, (i32::try_from(WIDTH / 2)?, 26), 20, HPos::Center)?;
         let (body, foot) = rest.split_vertically(PANEL_HEIGHT);
         for (index, area) in body.split_evenly((1, panels)).iter().enumerate() {
             panel(area, index)?;
         }
         self.legend(&foot)?;
-        root.present()
-            .map_err(drawing)
-            .with_context(|| format!("cannot write {}", path.display()))
+        root.present().map_err(drawing).with_context(|| format!("cannot write {}", path.display()))
     }
 
     fn legend(&self, area: &Area) -> Result<()> {
@@ -440,13 +373,7 @@ impl<'a> Report<'a> {
             write(area, datapath, (left + 20, 15), 14, HPos::Left)?;
             left += step;
         }
-        write(
-            area,
-            &self.footer,
-            (i32::try_from(WIDTH / 2)?, 50),
-            12,
-            HPos::Center,
-        )
+        write(area, &self.footer, (i32::try_from(WIDTH / 2)?, 50), 12, HPos::Center)
     }
 
     fn bars(&self, area: &Area, panel: &Bars) -> Result<()> {
@@ -458,11 +385,7 @@ impl<'a> Report<'a> {
                 }
             }
         }
-        let top = bars
-            .iter()
-            .map(|(_, _, values)| values.greatest)
-            .fold(0.0, f64::max)
-            * 1.12;
+        let top = bars.iter().map(|(_, _, values)| values.greatest).fold(0.0, f64::max) * 1.12;
         let groups = panel.groups.len() as f64;
         let mut chart = ChartBuilder::on(area)
             .caption(panel.title, (FONT, 15))
@@ -487,10 +410,7 @@ impl<'a> Report<'a> {
             let left = place as f64 + 0.1 + width * index as f64;
             let middle = left + width / 2.0;
             let bar = Rectangle::new(
-                [
-                    (left + width * 0.05, 0.0),
-                    (left + width * 0.95, values.median),
-                ],
+                [(left + width * 0.05, 0.0), (left + width * 0.95, values.median)],
                 colour(index).filled(),
             );
             let whisker = PathElement::new(
@@ -556,9 +476,7 @@ fn lines_panel(area: &Area, panel: &Lines) -> Result<()> {
                 let end = right.min(top);
                 let style = BLACK.mix(0.4).stroke_width(1);
                 let ends = [(0.0, 0.0), (end, end)];
-                chart
-                    .draw_series(DashedLineSeries::new(ends, 4, 4, style))
-                    .map_err(drawing)?;
+                chart.draw_series(DashedLineSeries::new(ends, 4, 4, style)).map_err(drawing)?;
             }
             for (index, points) in &panel.lines {
                 let style = colour(*index).stroke_width(2);
@@ -566,9 +484,8 @@ fn lines_panel(area: &Area, panel: &Lines) -> Result<()> {
                     .draw_series(LineSeries::new(points.iter().copied(), style))
                     .map_err(drawing)?;
                 if kind != 0 {
-                    let dots = points
-                        .iter()
-                        .map(|&point| Circle::new(point, 3, colour(*index).filled()));
+                    let dots =
+                        points.iter().map(|&point| Circle::new(point, 3, colour(*index).filled()));
                     chart.draw_series(dots).map_err(drawing)?;
                 }
             }
@@ -598,8 +515,7 @@ fn short(value: f64) -> String {
 
 fn write(area: &Area, text: &str, at: (i32, i32), size: u32, side: HPos) -> Result<()> {
     let style = TextStyle::from((FONT, size)).pos(Pos::new(side, VPos::Center));
-    area.draw(&Text::new(text.to_owned(), at, style))
-        .map_err(drawing)
+    area.draw(&Text::new(text.to_owned(), at, style)).map_err(drawing)
 }
 
 /// Writes at a place counted from the corner of the page, centred.

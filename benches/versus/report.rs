@@ -40,10 +40,7 @@ impl Results {
 
     /// Spread of a figure over the rounds.
     pub fn spread(&self, workload: &str, datapath: &str, figure: &str) -> Option<Spread> {
-        let values: Vec<f64> = self
-            .by_round(workload, datapath, figure)
-            .into_values()
-            .collect();
+        let values: Vec<f64> = self.by_round(workload, datapath, figure).into_values().collect();
         spread(&values)
     }
 
@@ -68,12 +65,7 @@ impl Results {
     pub fn disturbed(&self) -> usize {
         self.measurements
             .iter()
-            .filter(|made| {
-                made.outcome
-                    .figures
-                    .get("disturbed")
-                    .is_some_and(|&flag| flag > 0.0)
-            })
+            .filter(|made| made.outcome.figures.get("disturbed").is_some_and(|&flag| flag > 0.0))
             .count()
     }
 
@@ -110,10 +102,7 @@ impl Results {
         );
         let mut reasons: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
         for (workload, datapath, reason) in &self.failures {
-            reasons
-                .entry((datapath, reason))
-                .or_default()
-                .push(workload);
+            reasons.entry((datapath, reason)).or_default().push(workload);
         }
         for ((datapath, reason), mut workloads) in reasons {
             workloads.dedup();
@@ -136,9 +125,7 @@ impl Results {
     fn cell(&self, workload: Workload, datapath: &str, base: &str, figure: &str) -> Option<String> {
         let median = self.spread(&workload.name(), datapath, figure)?.median;
         let digits = if median >= 100.0 { 0 } else { 3 };
-        let ratio = self
-            .ratio(workload, datapath, base, figure)
-            .filter(|_| datapath != base);
+        let ratio = self.ratio(workload, datapath, base, figure).filter(|_| datapath != base);
         Some(ratio.map_or_else(
             || format!("{median:.digits$}"),
             |ratio| {

@@ -37,35 +37,19 @@ pub fn round_trip(
     load: Option<Load>,
     bench: &Bench,
 ) -> Result<Outcome> {
-    let guest = Arc::clone(
-        scene
-            .guest
-            .as_ref()
-            .context("this scene has no guest stack")?,
-    );
+    let guest = Arc::clone(scene.guest.as_ref().context("this scene has no guest stack")?);
     // The far end's tc program tags the load like everything else that leaves it.
     let load_worker = load
         .map(|load| {
             let pace = Pace::Even(load.rate);
-            wire_sender(
-                &scene.far,
-                FAR_DEVICE,
-                load.length,
-                None,
-                pace,
-                u64::MAX,
-                Processors::Free,
-            )
+            wire_sender(&scene.far, FAR_DEVICE, load.length, None, pace, u64::MAX, Processors::Free)
         })
         .transpose()?;
     let (hand_over, samples) = std::sync::mpsc::channel();
     let prober = Worker::start("prober", move |stop, count| {
-        let times = probe(&guest, pause, stop, |answered| {
-            count.store(answered, Ordering::Relaxed)
-        })?;
-        hand_over
-            .send(times)
-            .context("nobody waits for the round trips")
+        let times =
+            probe(&guest, pause, stop, |answered| count.store(answered, Ordering::Relaxed))?;
+        hand_over.send(times).context("nobody waits for the round trips")
     })?;
     let mut from = 0;
     let mut to = 0;
@@ -79,10 +63,8 @@ pub fn round_trip(
         worker.stop()?;
     }
     let (times, lost) = samples.recv()?;
-    let mut times = times
-        .get(from as usize..(to as usize).min(times.len()))
-        .unwrap_or_default()
-        .to_vec();
+    let mut times =
+        times.get(from as usize..(to as usize).min(times.len())).unwrap_or_default().to_vec();
     times.sort_by(f64::total_cmp);
     let at = |share| quantile(&times, share).context("no echo was answered in the window");
     let curve = (1..=CURVE_POINTS)
@@ -119,12 +101,8 @@ fn probe(
     mut answered: impl FnMut(u64),
 ) -> Result<(Vec<f64>, u64)> {
     guest.enter()?;
-    let icmp = socket(
-        AddressFamily::Inet,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::Icmp,
-    )?;
+    let icmp =
+        socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)?;
     setsockopt(&icmp, sockopt::ReceiveTimeout, &TimeVal::new(0, 200_000))?;
     let target = SockaddrIn::from(SocketAddrV4::new(FAR_IP, 0));
     let identifier = (std::process::id() as u16).to_be_bytes();
@@ -143,11 +121,7 @@ fn probe(
         loop {
             match recv(icmp.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Ok(taken)
-                    if is_answer(
-                        buffer.get(..taken).unwrap_or_default(),
-                        identifier,
-                        sequence,
-                    ) =>
+                    if is_answer(buffer.get(..taken).unwrap_or_default(), identifier, sequence) =>
                 {
                     times.push(sent.elapsed().as_secs_f64() * 1e6);
                     answered(times.len() as u64);
@@ -173,10 +147,7 @@ fn echo_request(identifier: [u8; 2], sequence: u16) -> Vec<u8> {
     message.resize(64, 0x5a);
     let sum: u32 = message
         .chunks_exact(2)
-        .map(|pair| {
-            pair.iter()
-                .fold(0, |word, &octet| word << 8 | u32::from(octet))
-        })
+        .map(|pair| pair.iter().fold(0, |word, &octet| word << 8 | u32::from(octet)))
         .sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;
@@ -188,9 +159,7 @@ fn echo_request(identifier: [u8; 2], sequence: u16) -> Vec<u8> {
 
 /// A raw socket hands over the IPv4 header too.
 fn is_answer(packet: &[u8], identifier: [u8; 2], sequence: u16) -> bool {
-    let header = packet
-        .first()
-        .map_or(0, |first| usize::from(first & 0x0f) * 4);
+    let header = packet.first().map_or(0, |first| usize::from(first & 0x0f) * 4);
     let message = packet.get(header..).unwrap_or_default();
     message.first() == Some(&0)
         && message.get(4..6) == Some(&identifier)

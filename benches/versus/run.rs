@@ -46,11 +46,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let machine = machine::describe();
     println!("machine  {machine}");
-    let processors = if options.pin {
-        Processors::Split
-    } else {
-        Processors::Free
-    };
+    let processors = if options.pin { Processors::Split } else { Processors::Free };
     println!(
         "pinning  {}",
         match processors {
@@ -70,10 +66,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let begun = Instant::now();
     let results = measure(options, &datapaths, &workloads, &mut bench)?;
-    let names: Vec<String> = datapaths
-        .iter()
-        .map(|datapath| datapath.name.clone())
-        .collect();
+    let names: Vec<String> = datapaths.iter().map(|datapath| datapath.name.clone()).collect();
     println!("\n{}", results.table(&workloads, &names, BASE));
     let run = json!({
         "machine": machine, "rounds": options.rounds(), "window_seconds": options.window()?,
@@ -108,24 +101,14 @@ fn draw(report: &Value, folder: &Path) -> Result<()> {
 fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Vec<(String, String)>)> {
     let mut all = vec![Datapath::macvtap()];
     if options.daemon.is_empty() {
-        all.push(Datapath::daemon(
-            env!("CARGO_BIN_EXE_vlanswitchd"),
-            "vlanswitchd",
-        )?);
+        all.push(Datapath::daemon(env!("CARGO_BIN_EXE_vlanswitchd"), "vlanswitchd")?);
     }
     for (number, command) in options.daemon.iter().enumerate() {
-        all.push(Datapath::daemon(
-            command,
-            &format!("daemon-{}", number + 1),
-        )?);
+        all.push(Datapath::daemon(command, &format!("daemon-{}", number + 1))?);
     }
     all.extend(Peer::ALL.map(Datapath::peer));
-    let named = |datapath: &Datapath| {
-        options
-            .only
-            .iter()
-            .any(|only| datapath.name.contains(only.as_str()))
-    };
+    let named =
+        |datapath: &Datapath| options.only.iter().any(|only| datapath.name.contains(only.as_str()));
     if all.iter().any(named) {
         all.retain(|datapath| datapath.name == BASE || named(datapath));
     }
@@ -143,10 +126,7 @@ fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Vec<(String, String)>)
 fn workloads(options: &Options) -> Vec<Workload> {
     let mut all = Workload::all();
     let named = |workload: &Workload| {
-        options
-            .only
-            .iter()
-            .any(|only| workload.name().contains(only.as_str()))
+        options.only.iter().any(|only| workload.name().contains(only.as_str()))
     };
     if all.iter().any(named) {
         all.retain(named);
@@ -183,9 +163,7 @@ fn measure(
     for workload in workloads {
         for datapath in datapaths {
             if let Some(reason) = workload.cannot(datapath) {
-                results
-                    .failures
-                    .push((workload.name(), datapath.name.clone(), reason.into()));
+                results.failures.push((workload.name(), datapath.name.clone(), reason.into()));
             }
         }
     }
@@ -194,10 +172,8 @@ fn measure(
     let mut done = 0;
     for round in 0..options.rounds() {
         for workload in workloads {
-            let mut order: Vec<&Datapath> = datapaths
-                .iter()
-                .filter(|datapath| workload.cannot(datapath).is_none())
-                .collect();
+            let mut order: Vec<&Datapath> =
+                datapaths.iter().filter(|datapath| workload.cannot(datapath).is_none()).collect();
             if round % 2 == 1 {
                 order.reverse();
             }
@@ -211,11 +187,7 @@ fn measure(
                 } else {
                     format!(" (about {:.0} min left)", left / 60.0)
                 };
-                eprintln!(
-                    "[{done}/{total}] round {} {name} {}{left}",
-                    round + 1,
-                    datapath.name
-                );
+                eprintln!("[{done}/{total}] round {} {name} {}{left}", round + 1, datapath.name);
                 if !options.force && !machine::wait_until_idle(Duration::from_secs(10))? {
                     eprintln!(
                         "WARNING: the machine became busy; this measurement is not to be quoted"
@@ -235,9 +207,7 @@ fn measure(
                     }
                     Err(error) => {
                         eprintln!("    failed: {error:#}");
-                        results
-                            .failures
-                            .push((name, datapath.name.clone(), format!("{error:#}")));
+                        results.failures.push((name, datapath.name.clone(), format!("{error:#}")));
                     }
                 }
             }

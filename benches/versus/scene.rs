@@ -83,10 +83,7 @@ impl Scene {
             let program = xdp_count_drop_program(counters.as_fd())?;
             let program = load(ProgramKind::Xdp, "bench_sink", &program)?;
             let link = attach_xdp(program.as_fd(), interface(FAR_DEVICE)?, XdpMode::Native)?;
-            anyhow::Ok(Sink {
-                counters,
-                _link: link,
-            })
+            anyhow::Ok(Sink { counters, _link: link })
         })??);
         Ok(scene)
     }
@@ -98,25 +95,18 @@ impl Scene {
         if let Some(vlan) = scene.vlan {
             scene.far.run(move || {
                 let device = interface(FAR_DEVICE)?;
-                let push = load(
-                    ProgramKind::SchedCls,
-                    "bench_push",
-                    &vlan_push_program(0x8100, vlan)?,
-                )?;
+                let push =
+                    load(ProgramKind::SchedCls, "bench_push", &vlan_push_program(0x8100, vlan)?)?;
                 let pop = load(ProgramKind::SchedCls, "bench_pop", &vlan_pop_program()?)?;
                 tcx::attach(push.as_fd(), device, Direction::Egress)?;
                 tcx::attach(pop.as_fd(), device, Direction::Ingress)?;
                 anyhow::Ok(())
             })??;
         }
-        scene
-            .far
-            .command(&format!("ip address add {FAR_IP}/24 dev {FAR_DEVICE}"))?;
+        scene.far.command(&format!("ip address add {FAR_IP}/24 dev {FAR_DEVICE}"))?;
         let guest = Namespace::new()?;
         let nic = guest.run(|| kernel::open_tap(GUEST_DEVICE))??;
-        guest.command(&format!(
-            "ip link set {GUEST_DEVICE} address {GUEST_ADDRESS} up"
-        ))?;
+        guest.command(&format!("ip link set {GUEST_DEVICE} address {GUEST_ADDRESS} up"))?;
         guest.command(&format!("ip address add {GUEST_IP}/24 dev {GUEST_DEVICE}"))?;
         scene.pumps.push(pump(&nic, &scene.datapath.guest)?);
         scene.pumps.push(pump(&scene.datapath.guest, &nic)?);
@@ -147,9 +137,7 @@ fn wire() -> Result<(Namespace, Namespace)> {
         far.id()
     ))?;
     host.command(&format!("ip link set {UPLINK} up"))?;
-    far.command(&format!(
-        "ip link set {FAR_DEVICE} address {FAR_ADDRESS} up"
-    ))?;
+    far.command(&format!("ip link set {FAR_DEVICE} address {FAR_ADDRESS} up"))?;
     Ok((host, far))
 }
 

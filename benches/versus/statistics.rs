@@ -32,9 +32,5 @@ pub fn spread(samples: &[f64]) -> Option<Spread> {
     } else {
         upper
     };
-    Some(Spread {
-        median,
-        least: *sorted.first()?,
-        greatest: *sorted.last()?,
-    })
+    Some(Spread { median, least: *sorted.first()?, greatest: *sorted.last()? })
 }

@@ -14,13 +14,9 @@ use super::workload::{Bench, Direction, Outcome, window};
 /// Bulk data over real TCP; counts what applications receive.
 pub fn tcp(scene: &Scene, direction: Direction, streams: usize, bench: &Bench) -> Result<Outcome> {
     const PORT: u16 = 5201;
-    let guest = scene
-        .guest
-        .as_ref()
-        .context("this scene has no guest stack")?;
-    let listener = scene
-        .far
-        .run(|| TcpListener::bind(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT)))??;
+    let guest = scene.guest.as_ref().context("this scene has no guest stack")?;
+    let listener =
+        scene.far.run(|| TcpListener::bind(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT)))??;
     let mut workers = Vec::new();
     let mut receivers = Vec::new();
     for _ in 0..streams {
@@ -43,10 +39,7 @@ pub fn tcp(scene: &Scene, direction: Direction, streams: usize, bench: &Bench) -
     Ok(Outcome::new(
         [
             ("gbit_per_s", rate * 8.0 / 1e9),
-            (
-                "busy_ns_per_kibibyte",
-                usage.busy / usage.seconds / rate * 1024.0 * 1e9,
-            ),
+            ("busy_ns_per_kibibyte", usage.busy / usage.seconds / rate * 1024.0 * 1e9),
         ],
         &usage,
     ))
@@ -89,8 +82,5 @@ fn stream_receiver(mut stream: TcpStream) -> Result<Worker> {
 }
 
 fn is_timeout(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-    )
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }

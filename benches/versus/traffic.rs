@@ -52,14 +52,9 @@ impl Worker {
         let stop = Arc::new(AtomicBool::new(false));
         let count = Arc::new(AtomicU64::new(0));
         let (flag, counter) = (Arc::clone(&stop), Arc::clone(&count));
-        let thread = std::thread::Builder::new()
-            .name(name.into())
-            .spawn(move || body(&flag, &counter))?;
-        Ok(Self {
-            stop,
-            count,
-            thread: Some(thread),
-        })
+        let thread =
+            std::thread::Builder::new().name(name.into()).spawn(move || body(&flag, &counter))?;
+        Ok(Self { stop, count, thread: Some(thread) })
     }
 
     /// Frames or bytes so far.
@@ -75,9 +70,7 @@ impl Worker {
 
     fn join(&mut self) -> Result<()> {
         match self.thread.take() {
-            Some(thread) => thread
-                .join()
-                .map_err(|_| anyhow!("a traffic thread panicked"))?,
+            Some(thread) => thread.join().map_err(|_| anyhow!("a traffic thread panicked"))?,
             None => Ok(()),
         }
     }
@@ -253,10 +246,8 @@ pub fn wire_sender(
         let mut clock = Clock::new(pace);
         let mut sent = 0;
         while !stop.load(Ordering::Relaxed) && sent < limit {
-            let now = clock
-                .wait(stop)
-                .min(BURST)
-                .min(usize::try_from(limit - sent).unwrap_or(BURST));
+            let now =
+                clock.wait(stop).min(BURST).min(usize::try_from(limit - sent).unwrap_or(BURST));
             match burst.send(&wire, now) {
                 Ok(taken) => {
                     clock.sent(taken as u64);
@@ -273,20 +264,12 @@ pub fn wire_sender(
 
 /// A socket that only sends: bound to no protocol it is never offered a frame.
 fn wire_socket(device: &str) -> Result<OwnedFd> {
-    let wire = socket(
-        AddressFamily::Packet,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .context("cannot open a packet socket: needs CAP_NET_RAW")?;
+    let wire = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
+        .context("cannot open a packet socket: needs CAP_NET_RAW")?;
     let address = nix::ifaddrs::getifaddrs()?
         .filter(|entry| entry.interface_name == device)
         .find_map(|entry| {
-            entry
-                .address
-                .as_ref()
-                .and_then(|address| address.as_link_addr().copied())
+            entry.address.as_ref().and_then(|address| address.as_link_addr().copied())
         })
         .with_context(|| format!("no device {device} at the far end"))?;
     bind(wire.as_raw_fd(), &address)?;
@@ -306,11 +289,7 @@ impl Clock {
     const GRAIN: f64 = 20e-6;
 
     fn new(pace: Pace) -> Self {
-        Self {
-            pace,
-            started: Instant::now(),
-            sent: 0.0,
-        }
+        Self { pace, started: Instant::now(), sent: 0.0 }
     }
 
     /// Waits until at least one frame is due; how many are.

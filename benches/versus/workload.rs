@@ -107,9 +107,7 @@ pub struct Outcome {
 impl Outcome {
     /// Figures and what the window cost.
     pub fn new<const N: usize>(pairs: [(&str, f64); N], usage: &Usage) -> Self {
-        let figures = pairs
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value));
+        let figures = pairs.into_iter().map(|(name, value)| (name.to_owned(), value));
         let cost = [
             ("busy_cpus", usage.busy / usage.seconds),
             ("soft_interrupt_cpus", usage.soft_interrupt / usage.seconds),
@@ -118,9 +116,7 @@ impl Outcome {
             ("disturbed", f64::from(u8::from(usage.disturbed()))),
         ];
         Self {
-            figures: figures
-                .chain(cost.map(|(name, value)| (name.to_owned(), value)))
-                .collect(),
+            figures: figures.chain(cost.map(|(name, value)| (name.to_owned(), value))).collect(),
             curves: BTreeMap::new(),
         }
     }
@@ -148,18 +144,9 @@ impl Workload {
             all.extend([1, 8].map(|streams| Self::Tcp { direction, streams }));
         }
         let pause = Duration::from_micros(500);
-        all.push(Self::RoundTrip {
-            pause: Duration::ZERO,
-            half_load: false,
-        });
-        all.push(Self::RoundTrip {
-            pause,
-            half_load: false,
-        });
-        all.push(Self::RoundTrip {
-            pause,
-            half_load: true,
-        });
+        all.push(Self::RoundTrip { pause: Duration::ZERO, half_load: false });
+        all.push(Self::RoundTrip { pause, half_load: false });
+        all.push(Self::RoundTrip { pause, half_load: true });
         for direction in Direction::ALL {
             all.extend([60, 1514].map(|length| Self::Cost { direction, length }));
         }
@@ -175,9 +162,7 @@ impl Workload {
                 format!("throughput-{}-{length}", direction.name())
             }
             Self::Tcp { direction, streams } => format!("tcp-{}-{streams}", direction.name()),
-            Self::RoundTrip {
-                half_load: true, ..
-            } => "rtt-half-load".into(),
+            Self::RoundTrip { half_load: true, .. } => "rtt-half-load".into(),
             Self::RoundTrip { pause, .. } if pause.is_zero() => "rtt-back-to-back".into(),
             Self::RoundTrip { .. } => "rtt-idle".into(),
             Self::Cost { direction, length } => format!("cost-{}-{length}", direction.name()),
@@ -197,18 +182,13 @@ impl Workload {
     pub fn headline(self) -> &'static [(&'static str, bool)] {
         match self {
             Self::Flood { .. } => &[("delivered_mpps", true), ("busy_ns_per_frame", false)],
-            Self::Throughput { .. } => &[
-                ("lossless_mpps", true),
-                ("peak_mpps", true),
-                ("share_of_peak_at_3x", true),
-            ],
+            Self::Throughput { .. } => {
+                &[("lossless_mpps", true), ("peak_mpps", true), ("share_of_peak_at_3x", true)]
+            }
             Self::Tcp { .. } => &[("gbit_per_s", true), ("busy_ns_per_kibibyte", false)],
-            Self::RoundTrip { .. } => &[
-                ("mean_us", false),
-                ("p50_us", false),
-                ("p99_us", false),
-                ("p999_us", false),
-            ],
+            Self::RoundTrip { .. } => {
+                &[("mean_us", false), ("p50_us", false), ("p99_us", false), ("p999_us", false)]
+            }
             Self::Cost { .. } => &[("busy_ns_per_frame", false), ("idle_cpus", false)],
             Self::Ports { .. } => &[
                 ("to_wire_mpps", true),
@@ -238,12 +218,9 @@ impl Workload {
         };
         processors.take_rest()?;
         let outcome = match self {
-            Self::Flood { direction, length } => flood::flood(
-                &scene(direction, datapath, bench, 1)?,
-                direction,
-                length,
-                bench,
-            ),
+            Self::Flood { direction, length } => {
+                flood::flood(&scene(direction, datapath, bench, 1)?, direction, length, bench)
+            }
             Self::Throughput { direction, length } => {
                 let outcome = flood::throughput(
                     &scene(direction, datapath, bench, 1)?,
@@ -252,10 +229,8 @@ impl Workload {
                     bench,
                 )?;
                 if direction == Direction::ToGuest && length == 60 {
-                    let rate = outcome
-                        .figures
-                        .get("lossless_mpps")
-                        .context("the search found no rate")?;
+                    let rate =
+                        outcome.figures.get("lossless_mpps").context("the search found no rate")?;
                     bench.lossless.insert(datapath.name.clone(), rate * 1e6);
                 }
                 Ok(outcome)
@@ -266,22 +241,16 @@ impl Workload {
             }
             Self::RoundTrip { pause, half_load } => {
                 let load = if half_load {
-                    Some(Load {
-                        rate: half_of_lossless(datapath, bench)?,
-                        length: 60,
-                    })
+                    Some(Load { rate: half_of_lossless(datapath, bench)?, length: 60 })
                 } else {
                     None
                 };
                 let scene = Scene::with_stacks(datapath, bench.scratch, 1)?;
                 round_trip::round_trip(&scene, pause, load, bench)
             }
-            Self::Cost { direction, length } => flood::cost(
-                &scene(direction, datapath, bench, 1)?,
-                direction,
-                length,
-                bench,
-            ),
+            Self::Cost { direction, length } => {
+                flood::cost(&scene(direction, datapath, bench, 1)?, direction, length, bench)
+            }
             Self::Ports { count } => flood::ports(datapath, count, bench),
         };
         Processors::Free.take_rest()?;
@@ -299,16 +268,10 @@ fn scene(direction: Direction, datapath: &Datapath, bench: &Bench, ports: usize)
 /// Half of what the datapath carries to the guest without loss; searched for if it was not.
 fn half_of_lossless(datapath: &Datapath, bench: &mut Bench) -> Result<f64> {
     if !bench.lossless.contains_key(&datapath.name) {
-        let search = Workload::Throughput {
-            direction: Direction::ToGuest,
-            length: 60,
-        };
+        let search = Workload::Throughput { direction: Direction::ToGuest, length: 60 };
         search.measure(datapath, bench)?;
     }
-    let rate = bench
-        .lossless
-        .get(&datapath.name)
-        .context("the search found no rate")?;
+    let rate = bench.lossless.get(&datapath.name).context("the search found no rate")?;
     Ok(rate / 2.0)
 }
 
