@@ -15,6 +15,7 @@ use lab::frames::{Frame, TagBytes, tag};
 use lab::hub::{far_members, tag_everything};
 use lab::ip::{self, Version, Vnet};
 use lab::raw::{OFFLOAD_TCP, OFFLOAD_USO, PacketSocket, index_of, open_tap, read_tap, write_tap};
+use lab::tunnel::{Tunnel, merge_on_arrival};
 use lab::{Daemon, KernelGuest, Lab, Namespace, Wire, eventually, transfer};
 use std::fs::File;
 
@@ -330,45 +331,6 @@ fn far_sender(namespace: &Namespace, device: &str) -> PacketSocket {
     })
 }
 
-/// Tunnels whose frames the host's GRO merges: GRE, IPIP and VXLAN around TCP.
-#[derive(Clone, Copy, Debug)]
-enum Tunnel {
-    Gre,
-    Ipip,
-    Vxlan,
-}
-
-impl Tunnel {
-    /// Segment `number` of a TCP stream inside the tunnel, as it is on the cable.
-    fn frame(self, number: u32, size: usize) -> Frame {
-        let data: Vec<u8> = (0..size)
-            .map(|index| (number as usize * 37 + index) as u8)
-            .collect();
-        let inner = ip::tcp_identified(number as u16, 1 + number * size as u32, &data);
-        let (protocol, inside) = match self {
-            Self::Gre => (47, [vec![0, 0, 8, 0], inner.payload].concat()),
-            Self::Ipip => (4, inner.payload),
-            Self::Vxlan => {
-                let vxlan = [vec![8, 0, 0, 0, 0, 0, 5, 0], inner.bytes()].concat();
-                let length = (8 + vxlan.len()) as u16;
-                let mut udp = vec![0x16, 0x2e, 0x12, 0xb5];
-                udp.extend(length.to_be_bytes());
-                // No outer checksum, as VXLAN over IPv4 has none by default.
-                udp.extend([0, 0]);
-                (17, [udp, vxlan].concat())
-            }
-        };
-        let mut outer = ip::udp(Version::V4, &[]);
-        let packet = &mut outer.payload;
-        packet.truncate(20);
-        packet[2..4].copy_from_slice(&((20 + inside.len()) as u16).to_be_bytes());
-        packet[9] = protocol;
-        ip::identify(packet, number as u16);
-        packet.extend(inside);
-        outer
-    }
-}
-
 /// Frames merged on the uplink come out at the guest exactly as they were sent.
 #[test]
 #[ignore = "needs root: makes network namespaces"]
@@ -419,16 +381,6 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
         );
         daemon.stop();
     }
-}
-
-/// Frames that arrive within some milliseconds are merged before they are seen.
-fn merge_on_arrival(lab: &Lab) {
-    lab.host.tool("ethtool", "-K up0 gro on");
-    lab.far.tool("ethtool", "-K far0 tx off tso off gso off");
-    lab.host.shell(
-        "echo 5000000 > /sys/class/net/up0/gro_flush_timeout; \
-         echo 100 > /sys/class/net/up0/napi_defer_hard_irqs",
-    );
 }
 
 /// The same with real tunnel devices on both sides, where super-frames of the

@@ -150,6 +150,17 @@ impl Daemon {
         eventually(what, || Some(self.summary()).filter(&condition))
     }
 
+    /// Waits until its counters stand still.
+    pub fn settled(&self) -> Summary {
+        let mut last: Option<Summary> = None;
+        eventually("all frames have gone their way", || {
+            let now = self.summary();
+            let before = last.replace(now.clone())?;
+            let still = before.from_wire == now.from_wire && before.to_wire == now.to_wire;
+            still.then_some(now)
+        })
+    }
+
     /// Waits until these ports are `attached`.
     pub fn attached(&self, ports: &[&str]) {
         self.until(&format!("{ports:?} are attached"), |summary| {

@@ -46,6 +46,7 @@ pub mod packet;
 pub mod raw;
 pub mod summary;
 pub mod transfer;
+pub mod tunnel;
 
 pub use daemon::{Daemon, Failure};
 pub use frames::{Frame, TagBytes};
