@@ -17,6 +17,8 @@ use lab::raw::{OFFLOAD_TCP, PacketSocket, Ring, index_of, open_tap, read_tap, se
 use lab::{Lab, RawGuest, Wire, eventually};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use vlanswitchd::sys::bpf;
 
 /// A socket that sends on `device` with a virtio header in front.
 fn sender(namespace: &lab::Namespace, device: &str) -> PacketSocket {
@@ -485,4 +487,60 @@ fn a_guests_super_frame_reaches_the_ring_whole() {
         assert_eq!((got.gso_type, got.gso_size), (1, 1448));
         assert_eq!(usize::from(got.csum_start), 34 + 4 * in_bytes);
     }
+}
+
+/// The seal: a program at tc ingress takes frames from the host's stack and leaves
+/// them to packet sockets. By both hooks the product knows.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_drop_at_tc_ingress_acts_behind_packet_sockets() {
+    for method in ["tcx", "clsact"] {
+        let lab = Lab::new();
+        let guest = lab.raw_guest("t0");
+        lab.host.ip("link set t0 up");
+        lab::guest::carrier(&lab.host, "t0");
+        let everything = Wire::open(&lab.host, "t0");
+        let stack = Wire::with_protocol(&lab.host, "t0", lab::frames::EXPERIMENTAL);
+        guest.send(&Frame::numbered(1));
+        everything.receive_until(1);
+        assert_eq!(stack.receive_until(1).len(), 1, "before, the stack gets it");
+
+        let index = lab.host.index("t0");
+        lab.host.enter(|| {
+            let program = bpf::seal_program().unwrap();
+            let program = bpf::load(bpf::ProgramKind::SchedCls, "fact_seal", &program).unwrap();
+            let ingress = bpf::Direction::Ingress;
+            match method {
+                "tcx" => bpf::tcx::attach(program.as_fd(), index, ingress),
+                _ => bpf::clsact::attach(program.as_fd(), "fact_seal", index, ingress),
+            }
+            .unwrap();
+        });
+        guest.send(&Frame::numbered(2));
+        everything.receive_until(2);
+        assert!(stack.try_receive().is_none(), "{method}");
+    }
+}
+
+/// What the ring has no room for is counted, and only once: `ring_overrun`.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn packet_statistics_count_received_and_lost_frames_since_last_asked() {
+    let lab = Lab::new();
+    let mut ring = lab.host.enter(|| Ring::new("up0", 2048, 32, false));
+    let wire = lab.wire();
+    let witness = Wire::open(&lab.host, "up0");
+    for number in 0..100 {
+        wire.send(&Frame::numbered(number));
+    }
+    witness.receive_until(99);
+    let [packets, drops] = ring.socket.get(libc::PACKET_STATISTICS).unwrap();
+    assert_eq!(
+        (packets, drops),
+        (100, 68),
+        "the first counts the lost ones too"
+    );
+    let [packets, drops] = ring.socket.get(libc::PACKET_STATISTICS).unwrap();
+    assert_eq!((packets, drops), (0, 0));
+    assert_eq!(std::iter::from_fn(|| ring.take()).count(), 32);
 }
