@@ -145,7 +145,7 @@ fn the_outer_tag_is_metadata_for_0x8100_and_0x88a8_only() {
         wire.send(&frame.clone().tags(sent));
         let slot = next(&mut ring);
         let stripped = slot.status & libc::TP_STATUS_VLAN_VALID != 0;
-        let found = stripped.then(|| TagBytes {
+        let found = stripped.then_some(TagBytes {
             tpid: slot.tpid,
             priority: (slot.tci >> 12) as u8,
             vid: slot.tci & 0xfff,

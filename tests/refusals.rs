@@ -320,13 +320,13 @@ fn what_the_host_cannot_give_is_refused_and_nothing_is_half_applied() {
         let failure = lab.failing_daemon(&arguments);
         assert_refused(&failure, *code, &arguments, named);
         assert_one_line(&failure, &arguments);
-        assert_eq!(lab.host.snapshot(), before, "{arguments:?}");
+        lab::assert_same(&before, &lab.host.snapshot());
     }
     for (arguments, _) in BY_THEMSELVES {
         let arguments = [&["--uplink", "up0"], *arguments].concat();
         assert_eq!(lab.failing_daemon(&arguments).code, Some(WRONG));
     }
-    assert_eq!(lab.host.snapshot(), before);
+    lab::assert_same(&before, &lab.host.snapshot());
 }
 
 /// A name of libvirt's is fine if libvirt makes the device, or has made it.
@@ -363,11 +363,7 @@ fn a_late_failure_puts_everything_back() {
     let failure = lab.failing_daemon(&arguments);
     assert_refused(&failure, FAILED, &arguments, &["held"]);
     assert_one_line(&failure, &arguments);
-    assert_eq!(
-        lab.host.snapshot(),
-        before,
-        "neither `fresh` nor an MTU stays behind"
-    );
+    lab::assert_same(&before, &lab.host.snapshot());
 }
 
 /// The binary where anybody may read it, gone when dropped.
@@ -440,7 +436,7 @@ fn without_privileges_the_missing_capability_and_the_cure_are_named() {
         for word in not_named {
             assert!(!failure.stderr.contains(word), "{}", failure.stderr);
         }
-        assert_eq!(lab.host.snapshot(), before);
+        lab::assert_same(&before, &lab.host.snapshot());
     }
 }
 

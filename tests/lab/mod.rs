@@ -74,6 +74,17 @@ pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Fails the test unless two texts are the same, showing the lines that are not.
+pub fn assert_same(before: &str, after: &str) {
+    let only = |one: &str, other: &str| -> Vec<String> {
+        let others: Vec<&str> = other.lines().collect();
+        let lines = one.lines().filter(|line| !others.contains(line));
+        lines.map(str::to_owned).collect()
+    };
+    let (gone, new) = (only(before, after), only(after, before));
+    assert!(before == after, "gone: {gone:#?}\nnew: {new:#?}");
+}
+
 /// The host and the far end of its uplink.
 pub struct Lab {
     /// Where the daemon runs.

@@ -81,11 +81,15 @@ impl Namespace {
 
     /// `tc ARGUMENTS` inside; fails the test if `tc` does.
     pub fn tc(&self, arguments: &str) -> String {
+        self.try_tc(arguments)
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// `tc ARGUMENTS` inside.
+    pub fn try_tc(&self, arguments: &str) -> Result<String, String> {
         let mut command = Command::new("tc");
-        command
-            .args(["-n", &self.name])
-            .args(arguments.split_whitespace());
-        run(&mut command).unwrap_or_else(|error| panic!("{error}"))
+        command.args(["-n", &self.name]);
+        run(command.args(arguments.split_whitespace()))
     }
 
     /// Any program inside, with /sys of the namespace; fails the test if it fails.
@@ -154,10 +158,13 @@ impl Namespace {
     }
 
     /// All that a program could have changed about the devices: flags, MTU, names,
-    /// queueing, promiscuity, tc programs, IPv6. Two snapshots are compared as text.
+    /// queueing, promiscuity, tc programs, IPv6, features. Snapshots are compared as
+    /// text. An empty clsact qdisc is left out: it holds filters and does nothing by
+    /// itself, and others may have begun to use it.
     pub fn snapshot(&self) -> String {
         let mut text = self.shell(
-            "ip -details link show; tc qdisc show; ip -oneline address show scope global; \
+            "ip -details link show; ip -oneline address show scope global; \
+             tc qdisc show | grep -v '^qdisc clsact' || true; \
              tail -n +1 /proc/sys/net/ipv6/conf/*/disable_ipv6 2>/dev/null || true",
         );
         for device in self.devices() {
@@ -166,9 +173,14 @@ impl Namespace {
             let programs = hooks.map(|hook| {
                 self.enter(|| tcx::programs(index, hook).map_or(0, |programs| programs.len()))
             });
-            text.push_str(&format!("{device}: tc programs {programs:?}\n"));
-            let features = self.tool("ethtool", &format!("-k {device}"));
-            text.push_str(&features);
+            let filters = ["ingress", "egress"].map(|hook| {
+                self.try_tc(&format!("filter show dev {device} {hook}"))
+                    .unwrap_or_default()
+            });
+            text.push_str(&format!(
+                "{device}: TCX programs {programs:?}, filters {filters:?}\n"
+            ));
+            text.push_str(&self.tool("ethtool", &format!("-k {device}")));
         }
         text
     }
