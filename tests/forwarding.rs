@@ -37,11 +37,7 @@ struct Row {
 }
 
 fn row(port: &'static str, sent: &[TagBytes], fate: Fate) -> Row {
-    Row {
-        port,
-        sent: sent.to_vec(),
-        fate,
-    }
+    Row { port, sent: sent.to_vec(), fate }
 }
 
 /// The ports at test, for `--tpid TPID`: VLANs and options by device name.
@@ -70,11 +66,7 @@ fn rows_from_wire(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("tunnel", &[outer(10)], nothing()),
         row("tunnel", &[outer(10), other(77)], Arrives(vec![other(77)])),
         row("tunnel", &[outer(10), other(0)], Arrives(vec![other(0)])),
-        row(
-            "tunnel",
-            &[outer(10), other(10), c(5)],
-            Arrives(vec![other(10), c(5)]),
-        ),
+        row("tunnel", &[outer(10), other(10), c(5)], Arrives(vec![other(10), c(5)])),
         row("access", &[outer(20)], nothing()),
         row("access", &[outer(20), other(77)], Dropped("inner_tag")),
         row("access", &[outer(20), other(0)], Dropped("inner_tag")),
@@ -82,37 +74,21 @@ fn rows_from_wire(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("trunk", &[outer(32)], Arrives(vec![outer(32)])),
         row("trunk", &[outer(35)], Arrives(vec![outer(35)])),
         row("trunk", &[outer(33)], NotOurs),
-        row(
-            "trunk",
-            &[outer(31), other(7)],
-            Arrives(vec![outer(31), other(7)]),
-        ),
+        row("trunk", &[outer(31), other(7)], Arrives(vec![outer(31), other(7)])),
         row("native", &[outer(40)], nothing()),
         row("native", &[outer(40), other(7)], Arrives(vec![other(7)])),
         row("native", &[outer(41)], Arrives(vec![outer(41)])),
         row("double", &[outer(50), c(5)], nothing()),
-        row(
-            "double",
-            &[outer(50), c(5), other(9)],
-            Arrives(vec![other(9)]),
-        ),
+        row("double", &[outer(50), c(5), other(9)], Arrives(vec![other(9)])),
         row("dblaccess", &[outer(50), c(6)], nothing()),
-        row(
-            "dblaccess",
-            &[outer(50), c(6), other(9)],
-            Dropped("inner_tag"),
-        ),
+        row("dblaccess", &[outer(50), c(6), other(9)], Dropped("inner_tag")),
         row("pcp", &[outer(60)], nothing()),
         row("copy", &[outer(61)], nothing()),
         row("accpcp", &[outer(62)], nothing()),
         row("natpcp", &[outer(70)], nothing()),
         row("natpcp", &[outer(71)], Arrives(vec![outer(71)])),
         row("dblcopy", &[outer(80), c(8)], nothing()),
-        row(
-            "sinner",
-            &[outer(90), tag(0x88a8, 9).priority(p)],
-            nothing(),
-        ),
+        row("sinner", &[outer(90), tag(0x88a8, 9).priority(p)], nothing()),
         row("tunnel", &[outer(11)], NotOurs),
         row("tunnel", &[outer(4094)], NotOurs),
         row("tunnel", &[], NotOurs),
@@ -137,11 +113,7 @@ fn rows_from_guests(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("tunnel", &[], Arrives(vec![ours(10)])),
         row("tunnel", &[guests(0)], Arrives(vec![ours(10), guests(0)])),
         row("tunnel", &[guests(77)], Arrives(vec![ours(10), guests(77)])),
-        row(
-            "tunnel",
-            &[guests(77), c(5)],
-            Arrives(vec![ours(10), guests(77), c(5)]),
-        ),
+        row("tunnel", &[guests(77), c(5)], Arrives(vec![ours(10), guests(77), c(5)])),
         row("access", &[], Arrives(vec![ours(20)])),
         row("access", &[guests(0)], Arrives(vec![with_p(20)])),
         row("access", &[guests(20)], Dropped("tagged_on_access")),
@@ -150,11 +122,7 @@ fn rows_from_guests(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("trunk", &[guests(0)], Dropped("untagged_on_trunk")),
         row("trunk", &[with_p(30)], Arrives(vec![with_p(30)])),
         row("trunk", &[with_p(35)], Arrives(vec![with_p(35)])),
-        row(
-            "trunk",
-            &[with_p(31), guests(9)],
-            Arrives(vec![with_p(31), guests(9)]),
-        ),
+        row("trunk", &[with_p(31), guests(9)], Arrives(vec![with_p(31), guests(9)])),
         row("trunk", &[with_p(33)], Dropped("vlan_not_allowed")),
         row("trunk", &[with_p(10)], Dropped("vlan_not_allowed")),
         row("native", &[], Arrives(vec![ours(40)])),
@@ -162,19 +130,11 @@ fn rows_from_guests(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("native", &[with_p(41)], Arrives(vec![with_p(41)])),
         row("native", &[with_p(42)], Dropped("vlan_not_allowed")),
         row("double", &[], Arrives(vec![ours(50), c(5)])),
-        row(
-            "double",
-            &[guests(3)],
-            Arrives(vec![ours(50), c(5), guests(3)]),
-        ),
+        row("double", &[guests(3)], Arrives(vec![ours(50), c(5), guests(3)])),
         row("dblaccess", &[], Arrives(vec![ours(50), c(6)])),
         row("dblaccess", &[guests(3)], Dropped("tagged_on_access")),
         row("pcp", &[], Arrives(vec![ours(60).priority(five)])),
-        row(
-            "pcp",
-            &[guests(7)],
-            Arrives(vec![ours(60).priority(five), guests(7)]),
-        ),
+        row("pcp", &[guests(7)], Arrives(vec![ours(60).priority(five), guests(7)])),
         row("copy", &[], Arrives(vec![ours(61)])),
         row("copy", &[guests(7)], Arrives(vec![with_p(61), guests(7)])),
         row("copy", &[guests(0)], Arrives(vec![with_p(61), guests(0)])),
@@ -184,16 +144,8 @@ fn rows_from_guests(t: u16, p: u8, x: u16) -> Vec<Row> {
         row("natpcp", &[guests(0)], Arrives(vec![with_p(70)])),
         row("natpcp", &[with_p(71)], Arrives(vec![with_p(71)])),
         row("dblcopy", &[], Arrives(vec![ours(80), c(8)])),
-        row(
-            "dblcopy",
-            &[guests(4)],
-            Arrives(vec![with_p(80), c(8).priority(p), guests(4)]),
-        ),
-        row(
-            "sinner",
-            &[],
-            Arrives(vec![ours(90).priority(two), tag(0x88a8, 9).priority(two)]),
-        ),
+        row("dblcopy", &[guests(4)], Arrives(vec![with_p(80), c(8).priority(p), guests(4)])),
+        row("sinner", &[], Arrives(vec![ours(90).priority(two), tag(0x88a8, 9).priority(two)])),
     ];
     if x != t {
         rows.push(row("trunk", &[tag(x, 30)], Dropped("vlan_not_allowed")));
@@ -245,10 +197,7 @@ impl Modes {
         }
         let daemon = lab.daemon(&arguments);
         let names: Vec<&str> = PORTS.iter().map(|(name, _)| *name).collect();
-        let guests: HashMap<_, _> = names
-            .iter()
-            .map(|name| (*name, lab.raw_guest(name)))
-            .collect();
+        let guests: HashMap<_, _> = names.iter().map(|name| (*name, lab.raw_guest(name))).collect();
         daemon.attached(&names);
         let wire = lab.wire();
         Self {
@@ -275,17 +224,11 @@ impl Modes {
             match &row.fate {
                 Arrives(tags) => expected.entry(row.port).or_default().push(frame.tags(tags)),
                 Dropped(reason) => {
-                    *self
-                        .expected_drops
-                        .entry((row.port, "to_guest", reason))
-                        .or_default() += 1
+                    *self.expected_drops.entry((row.port, "to_guest", reason)).or_default() += 1
                 }
                 NotOurs => {
                     if let Some(outer) = row.sent.first() {
-                        *self
-                            .expected_unmapped
-                            .entry((outer.tpid, outer.vid))
-                            .or_default() += 1;
+                        *self.expected_unmapped.entry((outer.tpid, outer.vid)).or_default() += 1;
                     }
                 }
             }
@@ -313,10 +256,7 @@ impl Modes {
                     expected.insert(frame.number(), frame.tags(tags));
                 }
                 Dropped(reason) => {
-                    *self
-                        .expected_drops
-                        .entry((row.port, "from_guest", reason))
-                        .or_default() += 1
+                    *self.expected_drops.entry((row.port, "from_guest", reason)).or_default() += 1
                 }
                 NotOurs => panic!("guests have no such frames"),
             }
@@ -344,26 +284,17 @@ impl Modes {
     }
 
     fn finish(self) {
-        let Self {
-            daemon,
-            lab,
-            expected_drops,
-            expected_unmapped,
-            ..
-        } = self;
+        let Self { daemon, lab, expected_drops, expected_unmapped, .. } = self;
         let summary = daemon.stop();
         let mut drops = BTreeMap::new();
         for port in &summary.ports {
             let name = PORTS.iter().find(|(name, _)| *name == port.name).unwrap().0;
-            for (direction, flow) in [
-                ("from_guest", &port.from_guest),
-                ("to_guest", &port.to_guest),
-            ] {
+            for (direction, flow) in
+                [("from_guest", &port.from_guest), ("to_guest", &port.to_guest)]
+            {
                 for (reason, frames) in &flow.drops {
-                    let reason = lab::summary::REASONS
-                        .iter()
-                        .find(|known| *known == reason)
-                        .unwrap();
+                    let reason =
+                        lab::summary::REASONS.iter().find(|known| *known == reason).unwrap();
                     drops.insert((name, direction, *reason), *frames);
                 }
             }
@@ -447,10 +378,7 @@ fn vlan_0_takes_untagged_and_priority_tagged_frames() {
     guest.send(&frame(10).reversed());
     let got = wire.receive_until(10);
     let priority_tagged = frame(8).reversed().tags(&[tag(0x8100, 0).priority(0xc)]);
-    assert_eq!(
-        got,
-        [frame(7).reversed(), priority_tagged, frame(10).reversed()]
-    );
+    assert_eq!(got, [frame(7).reversed(), priority_tagged, frame(10).reversed()]);
     let summary = daemon.stop();
     assert_eq!(summary.port("t0").to_guest.dropped("inner_tag"), 1);
     assert_eq!(summary.port("t0").from_guest.dropped("tagged_on_access"), 1);
@@ -463,10 +391,8 @@ fn vlan_0_takes_untagged_and_priority_tagged_frames() {
 fn one_vid_under_four_tpids_is_four_vlans() {
     let lab = Lab::new();
     lab.host.ip("link set up0 mtu 1600");
-    let maps: Vec<String> = TPIDS
-        .iter()
-        .map(|tpid| format!("100=t{tpid:x},tpid={tpid:#x}"))
-        .collect();
+    let maps: Vec<String> =
+        TPIDS.iter().map(|tpid| format!("100=t{tpid:x},tpid={tpid:#x}")).collect();
     let arguments: Vec<&str> = maps.iter().flat_map(|map| ["--map", map]).collect();
     let names: Vec<String> = TPIDS.iter().map(|tpid| format!("t{tpid:x}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -481,18 +407,10 @@ fn one_vid_under_four_tpids_is_four_vlans() {
         assert_eq!(got, [Frame::numbered(number)]);
         guests[number as usize].send(&Frame::numbered(number).reversed());
         let got = wire.receive_until(number);
-        assert_eq!(
-            got,
-            [Frame::numbered(number).reversed().tags(&[tag(*tpid, 100)])]
-        );
+        assert_eq!(got, [Frame::numbered(number).reversed().tags(&[tag(*tpid, 100)])]);
     }
     let summary = daemon.stop();
-    assert!(
-        summary
-            .ports
-            .iter()
-            .all(|port| port.to_guest.out_frames == 1)
-    );
+    assert!(summary.ports.iter().all(|port| port.to_guest.out_frames == 1));
 }
 
 /// Frames of VLANs nobody mapped stay the host's, and its own traffic goes on.
@@ -570,10 +488,7 @@ fn every_destination_source_and_ether_type_passes() {
     let mut add = |frame: Frame| {
         let number = frames.len() as u64;
         let numbered = Frame::numbered(number);
-        frames.push(Frame {
-            payload: numbered.payload,
-            ..frame
-        });
+        frames.push(Frame { payload: numbered.payload, ..frame });
     };
     let plain = Frame::numbered(0);
     // More groups than any NIC filter holds: IPv4 and IPv6 multicast.
@@ -585,38 +500,20 @@ fn every_destination_source_and_ether_type_passes() {
     // pause frames, LACP, 802.1X, LLDP and the rest of the block.
     for last in 0..=0x2f {
         for ether_type in [0x88cc, 0x8809, 0x8808, 0x888e, 0x0026] {
-            add(Frame {
-                ether_type,
-                ..plain.clone().to([0x01, 0x80, 0xc2, 0, 0, last])
-            });
+            add(Frame { ether_type, ..plain.clone().to([0x01, 0x80, 0xc2, 0, 0, last]) });
         }
     }
     for ether_type in (0..=0xffff).step_by(191).chain([0x05dc, 0x0600, 0x86dd]) {
         if !TPIDS.contains(&ether_type) {
-            add(Frame {
-                ether_type,
-                ..plain.clone()
-            });
+            add(Frame { ether_type, ..plain.clone() });
         }
     }
-    for source in [
-        [0; 6],
-        [0xff; 6],
-        PEER_MAC,
-        GUEST_MAC,
-        [1, 0, 0x5e, 0, 0, 1],
-    ] {
-        add(Frame {
-            source,
-            ..plain.clone()
-        });
+    for source in [[0; 6], [0xff; 6], PEER_MAC, GUEST_MAC, [1, 0, 0x5e, 0, 0, 1]] {
+        add(Frame { source, ..plain.clone() });
     }
     for last in 0..=255 {
         let source = [0x02, 0, 0, 0, 0x77, last];
-        add(Frame {
-            source,
-            ..plain.clone()
-        });
+        add(Frame { source, ..plain.clone() });
     }
     add(plain.clone().to([0xff; 6]));
     add(plain.to(lab::UPLINK_MAC));
@@ -630,10 +527,8 @@ fn every_destination_source_and_ether_type_passes() {
         for frame in batch {
             guest.send(frame);
         }
-        let tagged: Vec<Frame> = batch
-            .iter()
-            .map(|frame| frame.clone().tags(&[tag(0x8100, 101)]))
-            .collect();
+        let tagged: Vec<Frame> =
+            batch.iter().map(|frame| frame.clone().tags(&[tag(0x8100, 101)])).collect();
         assert_eq!(wire.receive_until(last), tagged);
     }
     let summary = daemon.stop();
@@ -655,10 +550,7 @@ fn short_frames_pass_and_cut_off_ones_are_counted() {
     let head = Frame::numbered(0).bytes();
     for length in 14..60 {
         let payload = head[14..length].to_vec();
-        let frame = Frame {
-            payload,
-            ..Frame::numbered(0)
-        };
+        let frame = Frame { payload, ..Frame::numbered(0) };
         let ports = [(&guest, tag(0x8100, 101)), (&other, tag(0x9100, 7))];
         for (guest, tag) in ports {
             // A kernel that receives a C-tag wants two bytes behind it, else it drops
@@ -712,16 +604,8 @@ fn full_size_frames_pass_where_the_mtu_allows() {
         ("100=t0,tpid=0x88a8", &[tag(0x88a8, 100)], 1504),
         ("100=t0,tpid=0x9100", &[tag(0x9100, 100)], 1504),
         ("100.20=t0", &[tag(0x8100, 100), tag(0x8100, 20)], 1504),
-        (
-            "100.20=t0,tpid=0x88a8",
-            &[tag(0x88a8, 100), tag(0x8100, 20)],
-            1508,
-        ),
-        (
-            "100.20=t0,tpid=0x9200,inner-tpid=0x9100",
-            &[tag(0x9200, 100), tag(0x9100, 20)],
-            1508,
-        ),
+        ("100.20=t0,tpid=0x88a8", &[tag(0x88a8, 100), tag(0x8100, 20)], 1508),
+        ("100.20=t0,tpid=0x9200,inner-tpid=0x9100", &[tag(0x9200, 100), tag(0x9100, 20)], 1508),
     ];
     let full = |number| Frame::numbered(number).untagged_length(1514);
     for (map, tags, needed) in CASES {
@@ -742,11 +626,7 @@ fn full_size_frames_pass_where_the_mtu_allows() {
         let (daemon, guest) = single(&lab, &["--map", map, "--set-uplink-mtu"], "t0");
         assert!(mtu(&lab) >= needed, "{map}: {}", mtu(&lab));
         guest.send(&full(3).reversed());
-        assert_eq!(
-            wire.receive_until(3),
-            [full(3).reversed().tags(tags)],
-            "{map}"
-        );
+        assert_eq!(wire.receive_until(3), [full(3).reversed().tags(tags)], "{map}");
         wire.send(&full(4).tags(tags));
         assert_eq!(guest.receive_until(4), [full(4)], "{map}");
         let summary = daemon.stop();
@@ -771,14 +651,53 @@ fn set_uplink_mtu_takes_the_guests_mtu() {
     let tags = [tag(0x88a8, 100), tag(0x8100, 20)];
     let frame = Frame::numbered(1).untagged_length(3014);
     guest.send(&frame.clone().reversed());
-    assert_eq!(
-        wire.receive_until(1),
-        [frame.clone().reversed().tags(&tags)]
-    );
+    assert_eq!(wire.receive_until(1), [frame.clone().reversed().tags(&tags)]);
     wire.send(&frame.clone().tags(&tags));
     assert_eq!(guest.receive_until(1), [frame]);
     daemon.stop();
     assert_eq!(mtu(&lab), 1500);
+}
+
+/// A tap with several queues: whatever queue the guest uses, and every flow reaches
+/// the guest by one of them.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_multi_queue_guest_is_served_by_all_its_queues() {
+    let lab = Lab::new();
+    let daemon = lab.daemon(&["--map", "101=t0,queues=2"]);
+    let open = || {
+        let flags = libc::IFF_MULTI_QUEUE;
+        lab.host.enter(|| lab::raw::open_tap("t0", flags, 0)).expect("a queue")
+    };
+    let queues = [open(), open()];
+    daemon.attached(&["t0"]);
+    let wire = lab.wire();
+    for (number, queue) in (0..).zip(&queues) {
+        let frame = Frame::numbered(number).reversed();
+        lab::raw::write_tap(queue, &[0; 10], &frame.bytes()).unwrap();
+        assert_eq!(wire.receive_until(number), [frame.tags(&[tag(0x8100, 101)])]);
+    }
+    let mut expected: Vec<Vec<u8>> = Vec::new();
+    for flow in 0..64u8 {
+        let mut frame = lab::ip::udp(lab::ip::Version::V4, &[flow; 20]);
+        // Another source address is another flow.
+        frame.payload[15] = flow;
+        lab::ip::identify(&mut frame.payload, 1);
+        wire.send(&frame.clone().tags(&[tag(0x8100, 101)]));
+        expected.push(frame.bytes());
+    }
+    let mut used = [0; 2];
+    while !expected.is_empty() {
+        for (queue, used) in queues.iter().zip(&mut used) {
+            if let Some(got) = lab::raw::read_tap(queue).unwrap() {
+                let place = expected.iter().position(|frame| *frame == got[10..]);
+                expected.remove(place.expect("one of those sent, once"));
+                *used += 1;
+            }
+        }
+    }
+    assert!(used.iter().all(|used| *used > 0), "{used:?}");
+    daemon.stop();
 }
 
 /// Numbered frames of all sizes arrive in the order they were sent: also those
@@ -802,11 +721,7 @@ fn order_is_kept_per_port_and_direction() {
             guest.send(&frame(number).reversed());
         }
         let last = start + window - 1;
-        let down: Vec<u64> = guest
-            .receive_until(last)
-            .iter()
-            .map(Frame::number)
-            .collect();
+        let down: Vec<u64> = guest.receive_until(last).iter().map(Frame::number).collect();
         assert_eq!(down, numbers.clone().collect::<Vec<_>>(), "to the guest");
         let up = wire.receive_until(last);
         let order: Vec<u64> = up.iter().map(Frame::number).collect();
@@ -836,14 +751,8 @@ fn frames_and_bytes_are_counted_each_way() {
     assert_eq!(running.port("t0").to_guest.out_frames, 10);
     let summary = daemon.stop();
     let port = summary.port("t0");
-    assert_eq!(
-        (port.to_guest.in_frames, port.to_guest.out_frames),
-        (10, 10)
-    );
-    assert_eq!(
-        (port.from_guest.in_frames, port.from_guest.out_frames),
-        (10, 10)
-    );
+    assert_eq!((port.to_guest.in_frames, port.to_guest.out_frames), (10, 10));
+    assert_eq!((port.from_guest.in_frames, port.from_guest.out_frames), (10, 10));
     assert_eq!(port.to_guest.out_bytes, 600, "60 bytes reach the guest");
     assert_eq!(port.from_guest.in_bytes, 600);
     assert_eq!(port.from_guest.out_bytes, 640, "and 64 the wire");
@@ -860,11 +769,8 @@ fn frames_for_the_host(tap: [u8; 6], address: [u8; 4]) -> Vec<Frame> {
     arp.extend([0; 6]);
     arp.extend(address);
     arp.extend([0; 18]);
-    let request = Frame {
-        ether_type: 0x0806,
-        payload: arp,
-        ..Frame::numbered(0).reversed().to(everybody)
-    };
+    let request =
+        Frame { ether_type: 0x0806, payload: arp, ..Frame::numbered(0).reversed().to(everybody) };
     let v4 = lab::ip::udp(lab::ip::Version::V4, b"for the host?").reversed();
     let v6 = lab::ip::udp(lab::ip::Version::V6, b"for the host?").reversed();
     vec![
@@ -893,9 +799,7 @@ fn stack_of(lab: &Lab, device: &str) -> [Wire; 3] {
 fn address_of(lab: &Lab, device: &str) -> [u8; 6] {
     let link = lab.host.link(device).unwrap();
     let parts = link["address"].as_str().unwrap().split(':');
-    let bytes: Vec<u8> = parts
-        .map(|part| u8::from_str_radix(part, 16).unwrap())
-        .collect();
+    let bytes: Vec<u8> = parts.map(|part| u8::from_str_radix(part, 16).unwrap()).collect();
     bytes.try_into().unwrap()
 }
 
@@ -912,22 +816,13 @@ fn a_tap_is_sealed_against_the_hosts_stack() {
     let stack = stack_of(&lab, "t0");
     for frame in frames_for_the_host(address_of(&lab, "t0"), [10, 9, 0, 1]) {
         guest.send(&frame);
-        let got = wire
-            .receive_within(lab::PATIENCE)
-            .expect("it goes to the VLAN");
+        let got = wire.receive_within(lab::PATIENCE).expect("it goes to the VLAN");
         assert_eq!(Frame::read(&got), frame.tags(&[tag(0x8100, 101)]));
     }
     wire.send(&Frame::numbered(1).tags(&[tag(0x8100, 101)]));
-    assert_eq!(
-        guest.receive_until(1),
-        [Frame::numbered(1)],
-        "the host answers nothing"
-    );
+    assert_eq!(guest.receive_until(1), [Frame::numbered(1)], "the host answers nothing");
     assert_eq!(reached_the_stack(&stack), 0);
-    assert_eq!(
-        lab.host.sysctl("net/ipv6/conf/t0/disable_ipv6").as_deref(),
-        Some("1")
-    );
+    assert_eq!(lab.host.sysctl("net/ipv6/conf/t0/disable_ipv6").as_deref(), Some("1"));
     assert_eq!(lab.host.ip("-oneline address show dev t0").trim(), "");
 
     daemon.signal(nix::sys::signal::Signal::SIGKILL);
@@ -935,9 +830,7 @@ fn a_tap_is_sealed_against_the_hosts_stack() {
     let everything = Wire::open(&lab.host, "t0");
     for frame in frames_for_the_host(address_of(&lab, "t0"), [10, 9, 0, 1]) {
         guest.send(&frame);
-        let got = everything
-            .receive_within(lab::PATIENCE)
-            .expect("it is sent");
+        let got = everything.receive_within(lab::PATIENCE).expect("it is sent");
         assert_eq!(got, frame.bytes());
     }
     assert_eq!(reached_the_stack(&stack), 0, "sealed without the daemon");
@@ -961,9 +854,7 @@ fn a_container_is_sealed_while_it_is_a_port() {
             container.send(frame);
         }
         for _ in &frames {
-            everything
-                .receive_within(lab::PATIENCE)
-                .expect("it is sent");
+            everything.receive_within(lab::PATIENCE).expect("it is sent");
         }
         reached_the_stack(&stack)
     };
@@ -972,13 +863,8 @@ fn a_container_is_sealed_while_it_is_a_port() {
     daemon.attached(&["c0"]);
     container.clear();
     assert_eq!(try_all(), 0, "while it is a port");
-    lab.wire()
-        .send(&Frame::numbered(1).tags(&[tag(0x8100, 101)]));
-    assert_eq!(
-        container.receive_until(1),
-        [Frame::numbered(1)],
-        "the host answers nothing"
-    );
+    lab.wire().send(&Frame::numbered(1).tags(&[tag(0x8100, 101)]));
+    assert_eq!(container.receive_until(1), [Frame::numbered(1)], "the host answers nothing");
     daemon.stop();
     assert!(try_all() >= 4, "afterwards");
 }

@@ -48,12 +48,7 @@ impl Pair {
         let member = far_members(&lab, &[vlan]).pop().unwrap();
         let member = member.address(&[&format!("{MEMBER_V4}/24"), &format!("{MEMBER_V6}/64")]);
         daemon.attached(&["t0"]);
-        Self {
-            member: member.inside,
-            guest,
-            daemon,
-            lab,
-        }
+        Self { member: member.inside, guest, daemon, lab }
     }
 
     /// TCP both ways over both IPs.
@@ -131,13 +126,12 @@ fn a_guest_without_offloads_gets_whole_segments() {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn an_uplink_without_offloads_sends_whole_segments() {
-    for (map, vlan) in [
-        ("101=t0", vec![C101]),
-        ("101.20=t0,tpid=0x88a8", vec![S101, C20]),
-    ] {
+    for (map, vlan) in [("101=t0", vec![C101]), ("101.20=t0,tpid=0x88a8", vec![S101, C20])] {
         let pair = Pair::new(map, &vlan, OFFLOAD_TCP);
         pair.lab.host.tool("ethtool", "-K up0 tx off tso off");
         pair.lab.far.tool("ethtool", "-K far0 tx off tso off");
+        // What arrives in segments is merged by the host, as from a real NIC.
+        pair.lab.host.tool("ethtool", "-K up0 gro on");
         pair.tcp(128 * MIB);
         pair.daemon.stop();
     }
@@ -150,10 +144,7 @@ fn tcp_to_a_container() {
     let lab = Lab::new();
     let inside = Namespace::new("container");
     inside.enable_ipv6();
-    lab.host.ip(&format!(
-        "link add c0 type veth peer name eth0 netns {}",
-        inside.name()
-    ));
+    lab.host.ip(&format!("link add c0 type veth peer name eth0 netns {}", inside.name()));
     lab.host.ip("link set c0 up");
     inside.ip("link set eth0 up");
     inside.ip(&format!("address add {GUEST_V4}/24 dev eth0"));
@@ -183,6 +174,13 @@ fn tcp_to_an_internal_port() {
     daemon.attached(&["leg0"]);
     transfer::tcp(&lab.host, &member.inside, MEMBER_V4, 256 * MIB);
     transfer::tcp(&member.inside, &lab.host, GUEST_V4, 256 * MIB);
+    // The same leg for a namespace: the daemon holds the fd, the netdev may go.
+    let other = Namespace::new("tenant");
+    lab.host.ip(&format!("link set leg0 netns {}", other.name()));
+    other.ip(&format!("address add {GUEST_V4}/24 dev leg0"));
+    other.ip("link set leg0 up");
+    transfer::tcp(&other, &member.inside, MEMBER_V4, 64 * MIB);
+    transfer::tcp(&member.inside, &other, GUEST_V4, 64 * MIB);
     daemon.stop();
 }
 
@@ -192,10 +190,7 @@ fn tcp_to_an_internal_port() {
 fn udp_segmentation_passes_both_ways() {
     let guests = [OFFLOAD_TCP | OFFLOAD_USO, OFFLOAD_TCP, 0];
     for (offload, (map, vlan)) in guests.into_iter().flat_map(|offload| {
-        [
-            (offload, ("101=t0", vec![C101])),
-            (offload, ("101.20=t0,tpid=0x88a8", vec![S101, C20])),
-        ]
+        [(offload, ("101=t0", vec![C101])), (offload, ("101.20=t0,tpid=0x88a8", vec![S101, C20]))]
     }) {
         if offload & OFFLOAD_USO != 0 && !has_uso() {
             continue;
@@ -220,9 +215,7 @@ fn udp_segmentation_passes_both_ways() {
 /// Taps know USO from Linux 6.2 on.
 fn has_uso() -> bool {
     let lab = Lab::new();
-    lab.host
-        .enter(|| open_tap("probe", 0, OFFLOAD_TCP | OFFLOAD_USO))
-        .is_ok()
+    lab.host.enter(|| open_tap("probe", 0, OFFLOAD_TCP | OFFLOAD_USO)).is_ok()
 }
 
 /// One super-frame from the guest as a VMM writes it, all tag stacks.
@@ -270,14 +263,7 @@ fn a_checksum_left_to_us_is_right_on_the_wire() {
 #[ignore = "needs root: makes network namespaces"]
 fn a_checksum_left_to_the_guest_is_described_rightly() {
     let lab = Lab::new();
-    let maps = [
-        "--map",
-        "101=plain",
-        "--map",
-        "102=virtio",
-        "--map",
-        "103,104=trunk",
-    ];
+    let maps = ["--map", "101=plain", "--map", "102=virtio", "--map", "103,104=trunk"];
     let daemon = lab.daemon(&maps);
     let plain = lab.raw_guest("plain");
     let open = |tap: &str| lab.host.enter(|| open_tap(tap, 0, OFFLOAD_TCP)).unwrap();
@@ -291,9 +277,7 @@ fn a_checksum_left_to_the_guest_is_described_rightly() {
             let send = |vid| {
                 let tagged = frame.clone().tags(&[tag(0x8100, vid)]);
                 let header = header.behind_tags(1);
-                socket
-                    .send(&[&header.bytes(), tagged.bytes().as_slice()].concat())
-                    .unwrap();
+                socket.send(&[&header.bytes(), tagged.bytes().as_slice()].concat()).unwrap();
             };
             send(101);
             let got = plain.receive_within(lab::PATIENCE).expect("it arrives");
@@ -306,6 +290,34 @@ fn a_checksum_left_to_the_guest_is_described_rightly() {
             let got = next(&trunk);
             assert_eq!(got[10..], frame.clone().tags(&[tag(0x8100, 104)]).bytes());
             assert_described(&got, header, 4);
+        }
+    }
+    daemon.stop();
+}
+
+/// The kernel does not check the segments of a super-frame against the MTU, and
+/// drivers drop what is too long in silence: it must be counted.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_super_frame_with_segments_too_long_for_the_uplink_is_counted() {
+    let lab = Lab::new();
+    let daemon = lab.daemon(&["--map", "101=t0", "--map", "101.20=t1,tpid=0x88a8"]);
+    let open = |tap: &str| lab.host.enter(|| open_tap(tap, 0, OFFLOAD_TCP)).unwrap();
+    let taps = [open("t0"), open("t1")];
+    daemon.attached(&["t0", "t1"]);
+    // Payload of the longest segments: MTU 1500 less IP and TCP headers, and with
+    // two tags less what does not fit (only an outer 0x8100 has its four bytes free).
+    for (name, tap, longest) in [("t0", &taps[0], 1460), ("t1", &taps[1], 1452)] {
+        for (size, fits) in [(longest, true), (longest + 1, false), (9000, false)] {
+            let before = daemon.summary();
+            let whole = ip::tcp(Version::V4, 1, &vec![7; 20_000]);
+            let (header, frame) = ip::partial(&whole, Version::V4, size);
+            write_tap(tap, &header.bytes(), &frame.bytes()).unwrap();
+            let flow = |summary: &lab::Summary| summary.port(name).from_guest.clone();
+            let after = daemon
+                .until("it came in", |summary| flow(summary).in_frames > flow(&before).in_frames);
+            let dropped = flow(&after).dropped("too_long") - flow(&before).dropped("too_long");
+            assert_eq!(dropped, u64::from(!fits), "{name}, segments of {size}: {after:?}");
         }
     }
     daemon.stop();
@@ -342,9 +354,7 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
         let guest = lab.host.enter(|| open_tap("t0", 0, offload)).unwrap();
         daemon.attached(&["t0"]);
         let member = far_members(&lab, &[&[C101]]).pop().unwrap();
-        member
-            .inside
-            .tool("ethtool", "-K eth0 tx off tso off gso off");
+        member.inside.tool("ethtool", "-K eth0 tx off tso off gso off");
         let wire = Wire::open(&member.inside, "eth0");
         let mut merged = 0;
         for tunnel in [Tunnel::Gre, Tunnel::Ipip, Tunnel::Vxlan] {
@@ -362,19 +372,12 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
                 }
             }
             for (got, sent) in got.iter().zip(&frames) {
-                assert!(
-                    *got == sent.bytes(),
-                    "{tunnel:?}: {got:02x?} and {:02x?}",
-                    sent.bytes()
-                );
+                assert!(*got == sent.bytes(), "{tunnel:?}: {got:02x?} and {:02x?}", sent.bytes());
             }
             let split = daemon.summary().port("t0").to_guest.split_frames - before;
             merged += u64::from(split > 0);
         }
-        assert_eq!(
-            merged, 3,
-            "the kernel merged all three, or this test shows nothing"
-        );
+        assert_eq!(merged, 3, "the kernel merged all three, or this test shows nothing");
         daemon.stop();
     }
 }
@@ -385,9 +388,7 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
 #[ignore = "needs root: makes network namespaces"]
 fn tcp_through_a_vxlan_between_guest_and_far_end() {
     let pair = Pair::new("101=t0", &[C101], OFFLOAD_TCP);
-    pair.lab
-        .host
-        .ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
+    pair.lab.host.ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
     pair.lab.host.ip("link set vx0 up");
     let ends = [
         (&pair.guest.inside, GUEST_V4, MEMBER_V4, "10.2.0.1"),
@@ -405,8 +406,5 @@ fn tcp_through_a_vxlan_between_guest_and_far_end() {
     transfer::tcp(guest, member, "10.2.0.2", 64 * MIB);
     let summary = pair.daemon.stop();
     let cut = summary.port("t0").to_guest.split_frames;
-    assert!(
-        cut > 0,
-        "no super-frame of the tunnel reached us: this test shows nothing"
-    );
+    assert!(cut > 0, "no super-frame of the tunnel reached us: this test shows nothing");
 }
