@@ -30,10 +30,7 @@ impl Lines {
                 sink.lock().unwrap().push(line);
             }
         });
-        Self {
-            lines,
-            reader: Some(reader),
-        }
+        Self { lines, reader: Some(reader) }
     }
 
     fn all(&self) -> Vec<String> {
@@ -89,32 +86,18 @@ impl Daemon {
     ) -> Self {
         let started = Instant::now();
         let mut command = namespace.command_through(wrapper, program);
-        command
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the daemon starts");
         let stdout = Lines::of(child.stdout.take().unwrap());
         let stderr = Lines::of(child.stderr.take().unwrap());
-        let mut daemon = Self {
-            child,
-            stdout,
-            stderr,
-            started_in: Duration::ZERO,
-            greeting: String::new(),
-        };
+        let mut daemon =
+            Self { child, stdout, stderr, started_in: Duration::ZERO, greeting: String::new() };
         daemon.greeting = eventually("the daemon says `forwarding: ...`", || {
             if let Ok(Some(status)) = daemon.child.try_wait() {
-                panic!(
-                    "the daemon ended with {status}: {:?}",
-                    daemon.stderr.finish()
-                );
+                panic!("the daemon ended with {status}: {:?}", daemon.stderr.finish());
             }
             let lines = daemon.stdout.all();
-            lines
-                .into_iter()
-                .find(|line| line.starts_with("forwarding: "))
+            lines.into_iter().find(|line| line.starts_with("forwarding: "))
         });
         daemon.started_in = started.elapsed();
         daemon
@@ -137,11 +120,7 @@ impl Daemon {
         let before = count(self.stdout.all());
         self.signal(Signal::SIGUSR1);
         eventually("a summary after SIGUSR1", || {
-            self.stdout
-                .all()
-                .iter()
-                .filter_map(|line| Summary::read(line))
-                .nth(before)
+            self.stdout.all().iter().filter_map(|line| Summary::read(line)).nth(before)
         })
     }
 
@@ -164,9 +143,7 @@ impl Daemon {
     /// Waits until these ports are `attached`.
     pub fn attached(&self, ports: &[&str]) {
         self.until(&format!("{ports:?} are attached"), |summary| {
-            ports
-                .iter()
-                .all(|port| summary.port(port).state == "attached")
+            ports.iter().all(|port| summary.port(port).state == "attached")
         });
     }
 
@@ -184,12 +161,7 @@ impl Daemon {
     /// for every frame.
     pub fn stop(self) -> Summary {
         let stopped = self.stop_by(Signal::SIGTERM);
-        assert!(
-            stopped.status.success(),
-            "{}: {:?}",
-            stopped.status,
-            stopped.stderr
-        );
+        assert!(stopped.status.success(), "{}: {:?}", stopped.status, stopped.stderr);
         stopped.summary.assert_conserved();
         stopped.summary
     }
@@ -198,20 +170,12 @@ impl Daemon {
     pub fn stop_by(mut self, signal: Signal) -> Stopped {
         let begin = Instant::now();
         self.signal(signal);
-        let status = eventually("the daemon ends", || {
-            self.child.try_wait().expect("try_wait")
-        });
+        let status = eventually("the daemon ends", || self.child.try_wait().expect("try_wait"));
         let stopped_in = begin.elapsed();
         let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
         let summary = stdout.iter().rev().find_map(|line| Summary::read(line));
         let summary = summary.unwrap_or_else(|| panic!("no summary in {stdout:?}; {stderr:?}"));
-        Stopped {
-            status,
-            stopped_in,
-            summary,
-            stderr,
-            stdout,
-        }
+        Stopped { status, stopped_in, summary, stderr, stdout }
     }
 
     /// Processor time all its threads use in the coming `window`, in nanoseconds.
@@ -225,10 +189,7 @@ impl Daemon {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.id())).expect("it runs");
         let time = |task: fs::DirEntry| -> u64 {
             let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-            text.split(' ')
-                .next()
-                .and_then(|time| time.parse().ok())
-                .unwrap_or(0)
+            text.split(' ').next().and_then(|time| time.parse().ok()).unwrap_or(0)
         };
         tasks.flatten().map(time).sum()
     }
@@ -236,10 +197,7 @@ impl Daemon {
     /// Memory it holds (RSS, shared rings included), in bytes.
     pub fn resident_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it runs");
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmRSS:"))
-            .expect("VmRSS");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
         let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
         kib * 1024
     }
@@ -252,10 +210,7 @@ impl Drop for Daemon {
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
-            eprintln!(
-                "the daemon's standard error:\n{}",
-                self.stderr.finish().join("\n")
-            );
+            eprintln!("the daemon's standard error:\n{}", self.stderr.finish().join("\n"));
         }
     }
 }
@@ -285,11 +240,7 @@ impl Failure {
         arguments: &[&str],
     ) -> Self {
         let mut command = namespace.command_through(wrapper, program);
-        command
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the daemon starts");
         let mut stdout = Lines::of(child.stdout.take().unwrap());
         let mut stderr = Lines::of(child.stderr.take().unwrap());
@@ -304,11 +255,7 @@ impl Failure {
         let Some(status) = status.or_else(|| child.try_wait().expect("try_wait")) else {
             let _ = child.kill();
             let _ = child.wait();
-            panic!(
-                "{arguments:?} was not refused: {:?} {:?}",
-                stdout.finish(),
-                stderr.finish()
-            );
+            panic!("{arguments:?} was not refused: {:?} {:?}", stdout.finish(), stderr.finish());
         };
         Self {
             code: status.code(),

@@ -27,11 +27,7 @@ pub struct TagBytes {
 
 /// A tag with priority 0.
 pub const fn tag(tpid: u16, vid: u16) -> TagBytes {
-    TagBytes {
-        tpid,
-        priority: 0,
-        vid,
-    }
+    TagBytes { tpid, priority: 0, vid }
 }
 
 impl TagBytes {
@@ -87,36 +83,23 @@ impl Frame {
 
     /// With these tags in front.
     pub fn tags(self, tags: &[TagBytes]) -> Self {
-        Self {
-            tags: tags.to_vec(),
-            ..self
-        }
+        Self { tags: tags.to_vec(), ..self }
     }
 
     /// With addresses exchanged: from a guest to the far end.
     pub fn reversed(self) -> Self {
-        Self {
-            destination: self.source,
-            source: self.destination,
-            ..self
-        }
+        Self { destination: self.source, source: self.destination, ..self }
     }
 
     /// To another address.
     pub fn to(self, destination: [u8; 6]) -> Self {
-        Self {
-            destination,
-            ..self
-        }
+        Self { destination, ..self }
     }
 
     /// With as much payload as makes `length` bytes in all, tags not counted.
     pub fn untagged_length(self, length: usize) -> Self {
         let number = self.number();
-        Self {
-            payload: numbered_payload(number, length - 14),
-            ..self
-        }
+        Self { payload: numbered_payload(number, length - 14), ..self }
     }
 
     /// The number in the payload.
@@ -150,11 +133,7 @@ impl Frame {
             let pcp = vlan.get_priority_code_point().0;
             let dei = vlan.get_drop_eligible_indicator();
             let priority = pcp << 1 | dei;
-            tags.push(TagBytes {
-                tpid: ether_type,
-                priority,
-                vid: vlan.get_vlan_identifier(),
-            });
+            tags.push(TagBytes { tpid: ether_type, priority, vid: vlan.get_vlan_identifier() });
             ether_type = vlan.get_ethertype().0;
             payload = vlan.payload().to_vec();
         }

@@ -34,9 +34,7 @@ impl RawGuest {
     /// exist, and then it goes when the guest does.
     pub fn open(host: &Namespace, tap: &str) -> Self {
         let opened = host.enter(|| Iface::without_packet_info(tap, Mode::Tap));
-        Self {
-            tap: opened.unwrap_or_else(|error| panic!("opening {tap}: {error}")),
-        }
+        Self { tap: opened.unwrap_or_else(|error| panic!("opening {tap}: {error}")) }
     }
 
     /// The guest sends a frame.
@@ -46,9 +44,7 @@ impl RawGuest {
 
     /// The guest sends any bytes.
     pub fn send_bytes(&self, bytes: &[u8]) {
-        self.tap
-            .send(bytes)
-            .unwrap_or_else(|error| panic!("{} bytes: {error}", bytes.len()));
+        self.tap.send(bytes).unwrap_or_else(|error| panic!("{} bytes: {error}", bytes.len()));
     }
 
     /// The guest sends bytes that the kernel may refuse (shorter than a header,
@@ -101,21 +97,15 @@ impl KernelGuest {
         inside.enable_ipv6();
         let vm = host.enter(|| open_tap(tap, 0, offload));
         let vm = vm.unwrap_or_else(|error| panic!("opening {tap}: {error}"));
-        let nic = inside
-            .enter(|| open_tap("eth0", 0, offload))
-            .expect("the guest's eth0");
+        let nic = inside.enter(|| open_tap("eth0", 0, offload)).expect("the guest's eth0");
         inside.ip("link set eth0 up");
-        Self {
-            inside,
-            pump: Pump::between(vm, nic),
-        }
+        Self { inside, pump: Pump::between(vm, nic) }
     }
 
     /// Gives `eth0` these addresses (`10.0.0.1/24`).
     pub fn address(self, addresses: &[&str]) -> Self {
         for address in addresses {
-            self.inside
-                .ip(&format!("address add {address} dev eth0 nodad"));
+            self.inside.ip(&format!("address add {address} dev eth0 nodad"));
         }
         self
     }
@@ -169,10 +159,7 @@ impl Drop for Pump {
 pub fn carrier(namespace: &Namespace, device: &str) {
     eventually(&format!("{device} has carrier"), || {
         let link = namespace.link(device)?;
-        let lower_up = link["flags"]
-            .as_array()?
-            .iter()
-            .any(|flag| flag == "LOWER_UP");
+        let lower_up = link["flags"].as_array()?.iter().any(|flag| flag == "LOWER_UP");
         (lower_up && link["operstate"] != "DOWN").then_some(())
     });
 }

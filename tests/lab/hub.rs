@@ -23,10 +23,7 @@ pub fn far_members(lab: &Lab, vlans: &[&[TagBytes]]) -> Vec<Member> {
         let inside = Namespace::new("member");
         inside.enable_ipv6();
         let port = format!("member{number}");
-        lab.far.ip(&format!(
-            "link add {port} type veth peer name eth0 netns {}",
-            inside.name()
-        ));
+        lab.far.ip(&format!("link add {port} type veth peer name eth0 netns {}", inside.name()));
         lab.far.ip(&format!("link set {port} up"));
         inside.ip("link set eth0 up");
         let tags: Vec<TaggedVlan> = tags.iter().map(vlan).collect();
@@ -79,8 +76,5 @@ pub fn attach(
 }
 
 fn vlan(tag: &TagBytes) -> TaggedVlan {
-    TaggedVlan {
-        tpid: tag.tpid,
-        vid: tag.tci(),
-    }
+    TaggedVlan { tpid: tag.tpid, vid: tag.tci() }
 }

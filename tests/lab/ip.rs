@@ -79,21 +79,9 @@ impl Vnet {
     /// The same frame with `tags` more tags in front.
     pub fn behind_tags(self, tags: usize) -> Self {
         let further = 4 * tags as u16;
-        let csum_start = if self.flags & 1 == 0 {
-            0
-        } else {
-            self.csum_start + further
-        };
-        let hdr_len = if self.hdr_len == 0 {
-            0
-        } else {
-            self.hdr_len + further
-        };
-        Self {
-            csum_start,
-            hdr_len,
-            ..self
-        }
+        let csum_start = if self.flags & 1 == 0 { 0 } else { self.csum_start + further };
+        let hdr_len = if self.hdr_len == 0 { 0 } else { self.hdr_len + further };
+        Self { csum_start, hdr_len, ..self }
     }
 }
 
@@ -142,10 +130,7 @@ pub fn tcp(version: Version, sequence: u32, data: &[u8]) -> Frame {
     let mut header = TcpHeader::new(1000, 2000, sequence, 1000);
     (header.ack, header.acknowledgment_number) = (true, 1);
     let mut packet = Vec::new();
-    addressed(version)
-        .tcp_header(header)
-        .write(&mut packet, data)
-        .unwrap();
+    addressed(version).tcp_header(header).write(&mut packet, data).unwrap();
     framed(version, packet)
 }
 
@@ -167,10 +152,7 @@ pub fn identify(packet: &mut [u8], identification: u16) {
 /// A whole UDP packet, checksums complete.
 pub fn udp(version: Version, data: &[u8]) -> Frame {
     let mut packet = Vec::new();
-    addressed(version)
-        .udp(1000, 2000)
-        .write(&mut packet, data)
-        .unwrap();
+    addressed(version).udp(1000, 2000).write(&mut packet, data).unwrap();
     framed(version, packet)
 }
 
@@ -232,11 +214,7 @@ pub fn checked_payload(frame: &Frame) -> Vec<u8> {
             let header = ip.header();
             let sum = header.to_header().calc_header_checksum();
             assert_eq!(header.header_checksum(), sum, "IPv4 checksum of {frame:?}");
-            assert_eq!(
-                usize::from(header.total_len()),
-                frame.payload.len(),
-                "{frame:?}"
-            );
+            assert_eq!(usize::from(header.total_len()), frame.payload.len(), "{frame:?}");
         }
         NetSlice::Ipv6(ip) => {
             let length = usize::from(ip.header().payload_length()) + 40;

@@ -23,11 +23,7 @@
 //! Everything is undone by `Drop`, also when a test panics; what a killed test
 //! process left behind, the next lab sweeps up (names carry the process id).
 
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "each test file uses its own part of the lab"
-)]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part of the lab")]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -152,10 +148,8 @@ impl Lab {
     /// A veth pair: `device` in the host, and the answer's `eth0` at its other end.
     pub fn container(&self, device: &str) -> Namespace {
         let inside = Namespace::new("container");
-        self.host.ip(&format!(
-            "link add {device} type veth peer name eth0 netns {}",
-            inside.name()
-        ));
+        self.host
+            .ip(&format!("link add {device} type veth peer name eth0 netns {}", inside.name()));
         self.host.ip(&format!("link set {device} up"));
         inside.ip("link set eth0 up");
         inside

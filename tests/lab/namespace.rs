@@ -26,10 +26,9 @@ impl Namespace {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}-{}-{number}-{role}", std::process::id());
         // `ip netns add` races with itself while it makes /run/netns for the first time.
-        super::eventually(
-            "`ip netns add` works (is this root, with iproute2?)",
-            || run(Command::new("ip").args(["netns", "add", &name])).ok(),
-        );
+        super::eventually("`ip netns add` works (is this root, with iproute2?)", || {
+            run(Command::new("ip").args(["netns", "add", &name])).ok()
+        });
         let namespace = Self { name };
         namespace.ip("link set lo up");
         namespace.set_sysctl("net/ipv6/conf/default/disable_ipv6", "1");
@@ -62,27 +61,22 @@ impl Namespace {
     /// Reads /proc/sys/`key` as seen from inside.
     pub fn sysctl(&self, key: &str) -> Option<String> {
         let path = format!("/proc/sys/{key}");
-        self.enter(|| fs::read_to_string(path).ok())
-            .map(|text| text.trim().to_owned())
+        self.enter(|| fs::read_to_string(path).ok()).map(|text| text.trim().to_owned())
     }
 
     /// `ip ARGUMENTS` inside; fails the test if `ip` does.
     pub fn ip(&self, arguments: &str) -> String {
-        self.try_ip(arguments)
-            .unwrap_or_else(|error| panic!("{error}"))
+        self.try_ip(arguments).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// `ip ARGUMENTS` inside.
     pub fn try_ip(&self, arguments: &str) -> Result<String, String> {
-        run(Command::new("ip")
-            .args(["-n", &self.name])
-            .args(arguments.split_whitespace()))
+        run(Command::new("ip").args(["-n", &self.name]).args(arguments.split_whitespace()))
     }
 
     /// `tc ARGUMENTS` inside; fails the test if `tc` does.
     pub fn tc(&self, arguments: &str) -> String {
-        self.try_tc(arguments)
-            .unwrap_or_else(|error| panic!("{error}"))
+        self.try_tc(arguments).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// `tc ARGUMENTS` inside.
@@ -138,11 +132,8 @@ impl Namespace {
 
     /// `ip -details -json link show DEVICE`, or `None` if it does not exist.
     pub fn link(&self, device: &str) -> Option<serde_json::Value> {
-        let text = self
-            .try_ip(&format!(
-                "-details -statistics -json link show dev {device}"
-            ))
-            .ok()?;
+        let text =
+            self.try_ip(&format!("-details -statistics -json link show dev {device}")).ok()?;
         let list: serde_json::Value = serde_json::from_str(&text).expect("ip prints JSON");
         list.get(0).cloned()
     }
@@ -174,12 +165,9 @@ impl Namespace {
                 self.enter(|| tcx::programs(index, hook).map_or(0, |programs| programs.len()))
             });
             let filters = ["ingress", "egress"].map(|hook| {
-                self.try_tc(&format!("filter show dev {device} {hook}"))
-                    .unwrap_or_default()
+                self.try_tc(&format!("filter show dev {device} {hook}")).unwrap_or_default()
             });
-            text.push_str(&format!(
-                "{device}: TCX programs {programs:?}, filters {filters:?}\n"
-            ));
+            text.push_str(&format!("{device}: TCX programs {programs:?}, filters {filters:?}\n"));
             text.push_str(&self.tool("ethtool", &format!("-k {device}")));
         }
         text
@@ -187,21 +175,15 @@ impl Namespace {
 
     /// Interface index of a device.
     pub fn index(&self, device: &str) -> u32 {
-        let link = self
-            .link(device)
-            .unwrap_or_else(|| panic!("{device} exists"));
+        let link = self.link(device).unwrap_or_else(|| panic!("{device} exists"));
         link["ifindex"].as_u64().expect("an index") as u32
     }
 
     /// A counter of the kernel's: `rx_packets`, `tx_packets`, `rx_dropped`, ...
     pub fn counter(&self, device: &str, counter: &str) -> u64 {
-        let link = self
-            .link(device)
-            .unwrap_or_else(|| panic!("{device} exists"));
+        let link = self.link(device).unwrap_or_else(|| panic!("{device} exists"));
         let (direction, name) = counter.split_once('_').unwrap();
-        link["stats64"][direction][name]
-            .as_u64()
-            .unwrap_or_else(|| panic!("{counter} in {link}"))
+        link["stats64"][direction][name].as_u64().unwrap_or_else(|| panic!("{counter} in {link}"))
     }
 }
 
@@ -231,20 +213,11 @@ fn sweep() {
 
 /// Standard output of a command that succeeded, else all that it said.
 pub fn run(command: &mut Command) -> Result<String, String> {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = command
-        .output()
-        .map_err(|error| format!("{command:?}: {error}"))?;
+    let Output { status, stdout, stderr } =
+        command.output().map_err(|error| format!("{command:?}: {error}"))?;
     if status.success() {
         return Ok(String::from_utf8_lossy(&stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&stderr);
-    Err(format!(
-        "{command:?}: {status}: {}{}",
-        said,
-        String::from_utf8_lossy(&stdout)
-    ))
+    Err(format!("{command:?}: {status}: {}{}", said, String::from_utf8_lossy(&stdout)))
 }

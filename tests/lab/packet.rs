@@ -26,18 +26,10 @@ impl Wire {
         let socket = namespace.enter(|| {
             let socket = PacketSocket::new();
             let room = 64i32 << 20;
-            socket
-                .set(libc::PACKET_AUXDATA, 1i32)
-                .expect("PACKET_AUXDATA");
-            socket
-                .set(libc::PACKET_IGNORE_OUTGOING, 1i32)
-                .expect("PACKET_IGNORE_OUTGOING");
-            socket
-                .set_at(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room)
-                .expect("SO_RCVBUFFORCE");
-            socket
-                .set_at(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, room)
-                .expect("SO_SNDBUFFORCE");
+            socket.set(libc::PACKET_AUXDATA, 1i32).expect("PACKET_AUXDATA");
+            socket.set(libc::PACKET_IGNORE_OUTGOING, 1i32).expect("PACKET_IGNORE_OUTGOING");
+            socket.set_at(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room).expect("SO_RCVBUFFORCE");
+            socket.set_at(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, room).expect("SO_SNDBUFFORCE");
             let index = index_of(device);
             socket.promiscuous(index).expect("PACKET_MR_PROMISC");
             socket.bind(index, protocol).expect("bind");
@@ -128,11 +120,7 @@ pub fn collect_until(last: u64, receive: impl Fn(Duration) -> Option<Vec<u8>>) -
 fn on_the_cable(message: Message) -> Vec<u8> {
     let mut bytes = message.bytes;
     if let Some((tpid, tci)) = message.stripped {
-        let tag = TagBytes {
-            tpid,
-            priority: (tci >> 12) as u8,
-            vid: tci & 0xfff,
-        };
+        let tag = TagBytes { tpid, priority: (tci >> 12) as u8, vid: tci & 0xfff };
         let words = [tag.tpid.to_be_bytes(), tag.tci().to_be_bytes()].concat();
         bytes.splice(12..12, words);
     }

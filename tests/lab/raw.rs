@@ -3,10 +3,7 @@
 //! of the tests is here; it shares nothing with the product's, so that a mistake
 //! in one does not hide in the other.
 
-#![allow(
-    unsafe_code,
-    reason = "setsockopt, ioctl, recvmsg and mmap with kernel structures"
-)]
+#![allow(unsafe_code, reason = "setsockopt, ioctl, recvmsg and mmap with kernel structures")]
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::fs::File;
@@ -25,11 +22,7 @@ pub const OFFLOAD_TCP: u32 = 0x01 | 0x02 | 0x04 | 0x08;
 pub const OFFLOAD_USO: u32 = 0x20 | 0x40;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Index of a device in the caller's namespace.
@@ -55,15 +48,8 @@ pub struct Message {
 impl PacketSocket {
     /// A socket in the caller's namespace.
     pub fn new() -> Self {
-        let fd = socket(
-            AddressFamily::Packet,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        );
-        Self {
-            fd: fd.expect("a packet socket (is this root?)"),
-        }
+        let fd = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None);
+        Self { fd: fd.expect("a packet socket (is this root?)") }
     }
 
     /// Sets an option of SOL_PACKET.
@@ -137,27 +123,15 @@ impl PacketSocket {
     pub fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         // SAFETY: the pointer and length describe `bytes`.
         let sent = unsafe {
-            libc::send(
-                self.fd.as_raw_fd(),
-                bytes.as_ptr().cast(),
-                bytes.len(),
-                libc::MSG_DONTWAIT,
-            )
+            libc::send(self.fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT)
         };
-        if sent < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(sent as usize)
-        }
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
     }
 
     /// Receives one message, or `None` if none waits.
     pub fn receive(&self) -> io::Result<Option<Message>> {
         let mut bytes = vec![0u8; 70_000];
-        let mut part = libc::iovec {
-            iov_base: bytes.as_mut_ptr().cast(),
-            iov_len: bytes.len(),
-        };
+        let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
         let mut control = MaybeUninit::<[u64; 16]>::zeroed();
         let mut address = MaybeUninit::<libc::sockaddr_ll>::zeroed();
         // SAFETY: msghdr is pointers and integers; all zero is a valid value.
@@ -173,11 +147,7 @@ impl PacketSocket {
             unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
         if length < 0 {
             let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::WouldBlock {
-                Ok(None)
-            } else {
-                Err(error)
-            };
+            return if error.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(error) };
         }
         bytes.truncate(length as usize);
         let mut stripped = None;
@@ -189,9 +159,7 @@ impl PacketSocket {
             if kind == (libc::SOL_PACKET, libc::PACKET_AUXDATA) {
                 // SAFETY: a PACKET_AUXDATA message carries a whole tpacket_auxdata, unaligned.
                 let data = unsafe {
-                    libc::CMSG_DATA(header)
-                        .cast::<libc::tpacket_auxdata>()
-                        .read_unaligned()
+                    libc::CMSG_DATA(header).cast::<libc::tpacket_auxdata>().read_unaligned()
                 };
                 if data.tp_status & libc::TP_STATUS_VLAN_VALID != 0 {
                     stripped = Some((data.tp_vlan_tpid, data.tp_vlan_tci));
@@ -202,11 +170,7 @@ impl PacketSocket {
         }
         // SAFETY: zeroed before the call, so initialised whatever the kernel wrote.
         let packet_type = unsafe { address.assume_init() }.sll_pkttype;
-        Ok(Some(Message {
-            bytes,
-            stripped,
-            packet_type,
-        }))
+        Ok(Some(Message { bytes, stripped, packet_type }))
     }
 }
 
@@ -227,10 +191,7 @@ pub fn open_tap(device: &str, flags: i32, offload: u32) -> io::Result<File> {
         .open("/dev/net/tun")?;
     // SAFETY: ifreq is plain bytes and integers; all zero is a valid value.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    assert!(
-        device.len() < request.ifr_name.len(),
-        "{device} is too long"
-    );
+    assert!(device.len() < request.ifr_name.len(), "{device} is too long");
     for (place, byte) in request.ifr_name.iter_mut().zip(device.bytes()) {
         *place = byte as libc::c_char;
     }
@@ -312,23 +273,13 @@ impl Ring {
     pub fn new(device: &str, slot_size: usize, slots: usize, copy_threshold: bool) -> Self {
         let socket = PacketSocket::new();
         socket.set(libc::PACKET_VERSION, 1i32).expect("TPACKET_V2");
-        socket
-            .set(libc::PACKET_VNET_HDR, 1i32)
-            .expect("PACKET_VNET_HDR");
-        socket
-            .set(libc::PACKET_IGNORE_OUTGOING, 1i32)
-            .expect("PACKET_IGNORE_OUTGOING");
+        socket.set(libc::PACKET_VNET_HDR, 1i32).expect("PACKET_VNET_HDR");
+        socket.set(libc::PACKET_IGNORE_OUTGOING, 1i32).expect("PACKET_IGNORE_OUTGOING");
         if copy_threshold {
-            socket
-                .set(libc::PACKET_COPY_THRESH, 1i32)
-                .expect("PACKET_COPY_THRESH");
-            socket
-                .set(libc::PACKET_AUXDATA, 1i32)
-                .expect("PACKET_AUXDATA");
+            socket.set(libc::PACKET_COPY_THRESH, 1i32).expect("PACKET_COPY_THRESH");
+            socket.set(libc::PACKET_AUXDATA, 1i32).expect("PACKET_AUXDATA");
             let room = 16i32 << 20;
-            socket
-                .set_at(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room)
-                .expect("SO_RCVBUFFORCE");
+            socket.set_at(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room).expect("SO_RCVBUFFORCE");
         }
         let bytes = slot_size * slots;
         let request = libc::tpacket_req {
@@ -337,9 +288,7 @@ impl Ring {
             tp_frame_size: slot_size as u32,
             tp_frame_nr: slots as u32,
         };
-        socket
-            .set(libc::PACKET_RX_RING, request)
-            .expect("PACKET_RX_RING");
+        socket.set(libc::PACKET_RX_RING, request).expect("PACKET_RX_RING");
         // SAFETY: a fresh mapping of the ring's own size; unmapped in drop.
         let memory = unsafe {
             libc::mmap(
@@ -351,21 +300,10 @@ impl Ring {
                 0,
             )
         };
-        assert_ne!(
-            memory,
-            libc::MAP_FAILED,
-            "mmap: {}",
-            io::Error::last_os_error()
-        );
+        assert_ne!(memory, libc::MAP_FAILED, "mmap: {}", io::Error::last_os_error());
         let index = index_of(device);
         socket.bind(index, libc::ETH_P_ALL as u16).expect("bind");
-        Self {
-            socket,
-            memory: memory.cast(),
-            slot_size,
-            slots,
-            next: 0,
-        }
+        Self { socket, memory: memory.cast(), slot_size, slots, next: 0 }
     }
 
     /// The next filled slot, which goes back to the kernel.
@@ -381,10 +319,7 @@ impl Ring {
         // SAFETY: the kernel handed the slot over (TP_STATUS_USER), so nobody writes it now.
         let header = unsafe { slot.cast::<libc::tpacket2_hdr>().read_volatile() };
         let (mac, captured) = (usize::from(header.tp_mac), header.tp_snaplen as usize);
-        assert!(
-            mac >= 10 && mac + captured <= self.slot_size,
-            "{mac} + {captured}"
-        );
+        assert!(mac >= 10 && mac + captured <= self.slot_size, "{mac} + {captured}");
         let mut vnet = [0; 10];
         let mut frame = vec![0; captured];
         // SAFETY: checked above: both ranges lie inside the slot, which is ours.

@@ -45,16 +45,9 @@ impl Flow {
     fn read(value: &Value) -> Self {
         let number = |key: &str| value.get(key).and_then(Value::as_u64).unwrap_or(0);
         let mut drops = BTreeMap::new();
-        for (reason, frames) in value
-            .get("drops")
-            .and_then(Value::as_object)
-            .into_iter()
-            .flatten()
+        for (reason, frames) in value.get("drops").and_then(Value::as_object).into_iter().flatten()
         {
-            assert!(
-                REASONS.contains(&reason.as_str()),
-                "{reason} is no reason of the closed set"
-            );
+            assert!(REASONS.contains(&reason.as_str()), "{reason} is no reason of the closed set");
             let frames = frames.as_u64().expect("drops are numbers");
             if frames > 0 {
                 drops.insert(reason.clone(), frames);
@@ -72,10 +65,7 @@ impl Flow {
 
     /// Frames dropped for one reason.
     pub fn dropped(&self, reason: &str) -> u64 {
-        assert!(
-            REASONS.contains(&reason),
-            "{reason} is no reason of the closed set"
-        );
+        assert!(REASONS.contains(&reason), "{reason} is no reason of the closed set");
         self.drops.get(reason).copied().unwrap_or(0)
     }
 
@@ -147,10 +137,7 @@ impl Summary {
                     let tpid = text(entry, "tpid");
                     let tpid = u16::from_str_radix(tpid.trim_start_matches("0x"), 16);
                     let vid = entry["vid"].as_u64().expect("vid") as u16;
-                    (
-                        (tpid.expect("tpid"), vid),
-                        entry["frames"].as_u64().expect("frames"),
-                    )
+                    ((tpid.expect("tpid"), vid), entry["frames"].as_u64().expect("frames"))
                 })
                 .collect(),
         })
@@ -167,21 +154,12 @@ impl Summary {
     pub fn assert_conserved(&self) {
         self.from_wire.assert_conserved("uplink, from the wire");
         for port in &self.ports {
-            port.from_guest
-                .assert_conserved(&format!("{}, from the guest", port.name));
-            port.to_guest
-                .assert_conserved(&format!("{}, to the guest", port.name));
+            port.from_guest.assert_conserved(&format!("{}, from the guest", port.name));
+            port.to_guest.assert_conserved(&format!("{}, to the guest", port.name));
         }
         let handed_over: u64 = self.ports.iter().map(|port| port.to_guest.in_frames).sum();
-        assert_eq!(
-            self.from_wire.out_frames, handed_over,
-            "wire to ports: {self:?}"
-        );
-        let sent: u64 = self
-            .ports
-            .iter()
-            .map(|port| port.from_guest.out_frames)
-            .sum();
+        assert_eq!(self.from_wire.out_frames, handed_over, "wire to ports: {self:?}");
+        let sent: u64 = self.ports.iter().map(|port| port.from_guest.out_frames).sum();
         assert_eq!(sent, self.to_wire.out_frames, "ports to wire: {self:?}");
     }
 }

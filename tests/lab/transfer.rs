@@ -93,14 +93,8 @@ fn receive_stream(mut stream: TcpStream, bytes: u64) {
             let expected = pattern.peek(rest.len());
             let length = expected.len();
             if rest[..length] != *expected {
-                let differs = rest
-                    .iter()
-                    .zip(expected)
-                    .position(|(one, other)| one != other);
-                panic!(
-                    "differs at byte {}",
-                    pattern.position + differs.unwrap() as u64
-                );
+                let differs = rest.iter().zip(expected).position(|(one, other)| one != other);
+                panic!("differs at byte {}", pattern.position + differs.unwrap() as u64);
             }
             rest = &rest[length..];
             pattern.advance(length);
@@ -119,11 +113,7 @@ pub fn udp(from: &Namespace, to: &Namespace, address: &str, size: usize, calls: 
     // A whole batch must fit: what is tested is the way there.
     setsockopt(&receiver, sockopt::RcvBufForce, &(8 << 20)).expect("SO_RCVBUFFORCE");
     let target = receiver.local_addr().unwrap();
-    let any = if address.is_ipv4() {
-        "0.0.0.0:0"
-    } else {
-        "[::]:0"
-    };
+    let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let sender = from.enter(|| UdpSocket::bind(any).expect("bind"));
     sender.connect(target).expect("connect");
     setsockopt(&sender, sockopt::UdpGsoSegment, &(size as i32)).expect("UDP_SEGMENT");
@@ -142,10 +132,7 @@ pub fn udp(from: &Namespace, to: &Namespace, address: &str, size: usize, calls: 
             let got = receiver
                 .recv(&mut buffer)
                 .unwrap_or_else(|error| panic!("call {call}, datagram {number}: {error}"));
-            assert!(
-                buffer[..got] == *expected,
-                "call {call}, datagram {number} differs"
-            );
+            assert!(buffer[..got] == *expected, "call {call}, datagram {number} differs");
         }
     }
 }
@@ -155,9 +142,6 @@ fn checksum_errors(namespace: &Namespace) -> u64 {
     let text = namespace.enter(|| fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
     let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
     let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    let position = names
-        .split(' ')
-        .position(|name| name == "InCsumErrors")
-        .unwrap();
+    let position = names.split(' ').position(|name| name == "InCsumErrors").unwrap();
     values.split(' ').nth(position).unwrap().parse().unwrap()
 }

@@ -18,9 +18,7 @@ pub enum Tunnel {
 impl Tunnel {
     /// Segment `number` of a TCP stream inside the tunnel, as it is on the cable.
     pub fn frame(self, number: u32, size: usize) -> Frame {
-        let data: Vec<u8> = (0..size)
-            .map(|index| (number as usize * 37 + index) as u8)
-            .collect();
+        let data: Vec<u8> = (0..size).map(|index| (number as usize * 37 + index) as u8).collect();
         let inner = ip::tcp_identified(number as u16, 1 + number * size as u32, &data);
         let (protocol, inside) = match self {
             Self::Gre => (47, [vec![0, 0, 8, 0], inner.payload].concat()),
@@ -49,8 +47,7 @@ impl Tunnel {
 /// Frames that arrive within some milliseconds are merged before they are seen.
 pub fn merge_on_arrival(lab: &Lab) {
     // VXLAN is merged only if a VXLAN device exists, whoever the frames are for.
-    lab.host
-        .ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
+    lab.host.ip("link add vx0 type vxlan id 5 dstport 4789 dev up0");
     lab.host.ip("link set vx0 up");
     lab.host.tool("ethtool", "-K up0 gro on");
     lab.far.tool("ethtool", "-K far0 tx off tso off gso off");
