@@ -177,6 +177,28 @@ fn a_guest_that_does_not_read_costs_the_others_nothing() {
     assert_eq!(summary.port("t1").to_guest.all_drops(), 0);
 }
 
+/// Being spared for a moment is not being given up: who reads again is served again.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_guest_that_reads_again_is_served_again() {
+    let lab = Lab::new();
+    let (daemon, guests) = start(&lab, &["101=t0"], &["t0"]);
+    lab.host.ip("link set t0 txqueuelen 10");
+    let wire = lab.wire();
+    for round in 1..=20 {
+        let full = |summary: &Summary| summary.port("t0").to_guest.dropped("guest_queue_full");
+        let before = full(&daemon.summary());
+        for _ in 0..50 {
+            wire.send(&Frame::numbered(0).tags(&[C101]));
+        }
+        daemon.until("its queue overflows", |summary| full(summary) >= before + 40);
+        guests[0].clear();
+        wire.send(&Frame::numbered(round).tags(&[C101]));
+        assert_eq!(guests[0].receive_until(round), [Frame::numbered(round)]);
+    }
+    settle(&lab, daemon, &["t0"]);
+}
+
 /// Super-frames that userspace cuts apart, toward a guest that does not read:
 /// frames in and frames made of them are all accounted for.
 #[test]

@@ -755,6 +755,8 @@ fn frames_and_bytes_are_counted_each_way() {
     assert_eq!((port.from_guest.in_frames, port.from_guest.out_frames), (10, 10));
     assert_eq!(port.to_guest.out_bytes, 600, "60 bytes reach the guest");
     assert_eq!(port.from_guest.in_bytes, 600);
+    assert_eq!(port.to_guest.in_bytes, 640, "with the tag they came with");
+    assert_eq!(summary.from_wire.in_bytes, 640);
     assert_eq!(port.from_guest.out_bytes, 640, "and 64 the wire");
     assert_eq!(summary.to_wire.out_bytes, 640);
 }
