@@ -15,9 +15,16 @@
 
 mod versus;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::Parser;
 
-fn main() -> Result<()> {
-    versus::run::run(&versus::options::Options::parse())
+fn main() -> ExitCode {
+    match versus::run::run(&versus::options::Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

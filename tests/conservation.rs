@@ -44,10 +44,8 @@ impl Kernel {
 /// and holds its books against the kernel's.
 fn settle(lab: &Lab, daemon: Daemon, taps: &[&str]) -> Summary {
     let sent = Kernel::read(lab).from_wire;
-    let from_guests: Vec<u64> = taps
-        .iter()
-        .map(|tap| lab.host.counter(tap, "rx_packets"))
-        .collect();
+    let from_guests: Vec<u64> =
+        taps.iter().map(|tap| lab.host.counter(tap, "rx_packets")).collect();
     daemon.until(
         &format!("{sent} frames from the wire, {from_guests:?} from guests have come in"),
         |summary| {
@@ -105,11 +103,7 @@ fn overload_from_all_sides() {
     for (tap, guest) in taps.iter().zip(&guests) {
         let port = summary.port(tap);
         assert_eq!(port.from_guest.in_frames, FRAMES);
-        assert_eq!(
-            guest.clear() as u64,
-            port.to_guest.out_frames,
-            "{tap} holds what was sent"
-        );
+        assert_eq!(guest.clear() as u64, port.to_guest.out_frames, "{tap} holds what was sent");
         assert!(port.to_guest.dropped("guest_queue_full") > 0, "{port:?}");
     }
 }
@@ -134,14 +128,8 @@ fn overrun_rings_are_counted() {
     }
     let summary = settle(&lab, daemon, &["t0"]);
     assert!(summary.from_wire.dropped("ring_overrun") > 0, "{summary:?}");
-    assert!(
-        summary.port("t0").from_guest.dropped("ring_overrun") > 0,
-        "{summary:?}"
-    );
-    assert_eq!(
-        guests[0].clear() as u64,
-        summary.port("t0").to_guest.out_frames
-    );
+    assert!(summary.port("t0").from_guest.dropped("ring_overrun") > 0, "{summary:?}");
+    assert_eq!(guests[0].clear() as u64, summary.port("t0").to_guest.out_frames);
 }
 
 /// The slow guest loses its own frames only.
@@ -168,11 +156,7 @@ fn a_guest_that_does_not_read_costs_the_others_nothing() {
     let summary = settle(&lab, daemon, &["t0", "t1"]);
     let slow = &summary.port("t0").to_guest;
     assert_eq!(slow.in_frames, 40_000);
-    assert_eq!(
-        slow.out_frames + slow.dropped("guest_queue_full"),
-        40_000,
-        "{slow:?}"
-    );
+    assert_eq!(slow.out_frames + slow.dropped("guest_queue_full"), 40_000, "{slow:?}");
     assert_eq!(guests[0].clear() as u64, slow.out_frames);
     assert_eq!(summary.port("t1").to_guest.all_drops(), 0);
 }
@@ -209,13 +193,10 @@ fn segments_made_in_userspace_are_accounted_for_under_overload() {
     let (daemon, guests) = start(&lab, &["101=t0"], &["t0"]);
     lab.host.ip("link set t0 txqueuelen 100");
     let member = far_members(&lab, &[&[C101]]).pop().unwrap();
-    member
-        .inside
-        .tool("ethtool", "-K eth0 tx off tso off gso off");
+    member.inside.tool("ethtool", "-K eth0 tx off tso off gso off");
     let wire = Wire::open(&member.inside, "eth0");
-    let burst: Vec<Vec<u8>> = (0..16)
-        .map(|number| Tunnel::Gre.frame(number, 1000).bytes())
-        .collect();
+    let burst: Vec<Vec<u8>> =
+        (0..16).map(|number| Tunnel::Gre.frame(number, 1000).bytes()).collect();
     for _ in 0..300 {
         for frame in &burst {
             wire.send_bytes(frame);
@@ -226,10 +207,7 @@ fn segments_made_in_userspace_are_accounted_for_under_overload() {
     daemon.settled().assert_conserved();
     let summary = daemon.stop();
     let flow = &summary.port("t0").to_guest;
-    assert!(
-        flow.split_frames > 0,
-        "nothing was merged: this test shows nothing"
-    );
+    assert!(flow.split_frames > 0, "nothing was merged: this test shows nothing");
     assert!(flow.dropped("guest_queue_full") > 0, "{flow:?}");
     assert_eq!(guests[0].clear() as u64, flow.out_frames);
 }
@@ -258,11 +236,7 @@ impl Random {
         let mut frame = self.bytes(12);
         for _ in 0..self.below(6) {
             frame.extend(TPIDS[self.below(4)].to_be_bytes());
-            let vid = if self.below(2) == 0 {
-                101
-            } else {
-                self.next() as u16
-            };
+            let vid = if self.below(2) == 0 { 101 } else { self.next() as u16 };
             frame.extend(vid.to_be_bytes());
         }
         let inside = match self.below(4) {
@@ -284,12 +258,7 @@ impl Random {
 #[ignore = "needs root: makes network namespaces"]
 fn junk_from_both_sides() {
     let lab = Lab::new();
-    let maps = [
-        "101=t0",
-        "200-210=t1,native=200",
-        "300.101=t2,mode=access",
-        "0=t3,mode=access",
-    ];
+    let maps = ["101=t0", "200-210=t1,native=200", "300.101=t2,mode=access", "0=t3,mode=access"];
     let taps = ["t0", "t1", "t2", "t3"];
     let (daemon, guests) = start(&lab, &maps, &taps);
     let wire = lab.wire();
@@ -306,10 +275,7 @@ fn junk_from_both_sides() {
         wire.clear();
         let number = 1_000_000 + round;
         wire.send(&Frame::numbered(number).tags(&[C101]));
-        assert_eq!(
-            guests[0].receive_until(number).last(),
-            Some(&Frame::numbered(number))
-        );
+        assert_eq!(guests[0].receive_until(number).last(), Some(&Frame::numbered(number)));
         guests[0].send(&Frame::numbered(number).reversed());
         wire.receive_until(number);
     }
@@ -321,10 +287,7 @@ fn junk_from_both_sides() {
     let reasons: Vec<&String> = summary.ports[0].from_guest.drops.keys().collect();
     assert!(summary.port("t1").from_guest.dropped("vlan_not_allowed") > 0);
     assert!(summary.port("t2").from_guest.dropped("tagged_on_access") > 0);
-    assert!(
-        !reasons.iter().any(|reason| *reason == "send_failed"),
-        "{summary:?}"
-    );
+    assert!(!reasons.iter().any(|reason| *reason == "send_failed"), "{summary:?}");
 }
 
 /// The same with virtio headers: requests for checksums and segmentation that fit
@@ -362,10 +325,7 @@ fn junk_with_virtio_headers_from_a_guest() {
         wire.send(&Frame::numbered(round).tags(&[C102]));
         assert_eq!(other.receive_until(round), [Frame::numbered(round)]);
     }
-    assert!(
-        accepted > 1000,
-        "the kernel refused nearly all: this test shows nothing"
-    );
+    assert!(accepted > 1000, "the kernel refused nearly all: this test shows nothing");
     let summary = daemon.stop();
     assert!(summary.port("t0").from_guest.in_frames > 0);
 }

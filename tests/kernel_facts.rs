@@ -79,24 +79,13 @@ fn a_frame_larger_than_its_slot_is_queued_whole_and_in_order() {
     let middle = next(&mut ring);
     assert_ne!(middle.status & libc::TP_STATUS_COPY, 0);
     assert!(middle.captured < middle.length);
-    let message = ring
-        .socket
-        .receive()
-        .unwrap()
-        .expect("the copy is there with its slot");
+    let message = ring.socket.receive().unwrap().expect("the copy is there with its slot");
     assert_eq!(message.stripped, Some((0x8100, 77)));
     let got = Vnet::read(&message.bytes);
     assert_eq!((got.flags, got.gso_type, got.gso_size), (1, 1, 1448));
     // Positions are those of the frame without the tag the kernel stripped.
     assert_eq!(got.csum_start, 34);
-    assert_eq!(
-        message.bytes[10..],
-        Frame {
-            tags: vec![],
-            ..big
-        }
-        .bytes()
-    );
+    assert_eq!(message.bytes[10..], Frame { tags: vec![], ..big }.bytes());
     assert_eq!(next(&mut ring).frame, Frame::numbered(2).bytes());
 }
 
@@ -113,32 +102,12 @@ fn the_outer_tag_is_metadata_for_0x8100_and_0x88a8_only() {
         (&[tag(0x8100, 5)], Some(tag(0x8100, 5)), none),
         // VID 0 is told from "no tag" by the status bit, never by the TCI.
         (&[tag(0x8100, 0)], Some(tag(0x8100, 0)), none),
-        (
-            &[tag(0x8100, 0).priority(10)],
-            Some(tag(0x8100, 0).priority(10)),
-            none,
-        ),
-        (
-            &[tag(0x88a8, 200).priority(7)],
-            Some(tag(0x88a8, 200).priority(7)),
-            none,
-        ),
-        (
-            &[tag(0x88a8, 200), tag(0x8100, 100)],
-            Some(tag(0x88a8, 200)),
-            &[tag(0x8100, 100)],
-        ),
-        (
-            &[tag(0x8100, 200), tag(0x8100, 100)],
-            Some(tag(0x8100, 200)),
-            &[tag(0x8100, 100)],
-        ),
+        (&[tag(0x8100, 0).priority(10)], Some(tag(0x8100, 0).priority(10)), none),
+        (&[tag(0x88a8, 200).priority(7)], Some(tag(0x88a8, 200).priority(7)), none),
+        (&[tag(0x88a8, 200), tag(0x8100, 100)], Some(tag(0x88a8, 200)), &[tag(0x8100, 100)]),
+        (&[tag(0x8100, 200), tag(0x8100, 100)], Some(tag(0x8100, 200)), &[tag(0x8100, 100)]),
         (&[tag(0x9100, 7)], None, &[tag(0x9100, 7)]),
-        (
-            &[tag(0x9200, 7), tag(0x8100, 8)],
-            None,
-            &[tag(0x9200, 7), tag(0x8100, 8)],
-        ),
+        (&[tag(0x9200, 7), tag(0x8100, 8)], None, &[tag(0x9200, 7), tag(0x8100, 8)]),
     ];
     for (number, (sent, metadata, in_bytes)) in cases.iter().enumerate() {
         let frame = Frame::numbered(number as u64);
@@ -162,12 +131,7 @@ fn ignore_outgoing_hides_our_own_frames_from_the_ring() {
     let lab = Lab::new();
     let mut ring = lab.host.enter(|| Ring::new("up0", 2048, 64, false));
     let wire = lab.wire();
-    send(
-        &sender(&lab.host, "up0"),
-        Vnet::default(),
-        &Frame::numbered(1),
-    )
-    .unwrap();
+    send(&sender(&lab.host, "up0"), Vnet::default(), &Frame::numbered(1)).unwrap();
     wire.receive_until(1);
     wire.send(&Frame::numbered(2));
     assert_eq!(next(&mut ring).frame, Frame::numbered(2).bytes());
@@ -214,11 +178,8 @@ fn tagged_super_frames_are_segmented_if_csum_start_moved_and_lost_if_not() {
     let data: Vec<u8> = (0..9000u32).map(|index| (index * 7 % 253) as u8).collect();
     for version in [Version::V4, Version::V6] {
         let (header, frame) = ip::partial(&ip::tcp(version, 1, &data), version, 1428);
-        let stacks: [&[TagBytes]; 3] = [
-            &[],
-            &[tag(0x8100, 100)],
-            &[tag(0x88a8, 200), tag(0x8100, 100)],
-        ];
+        let stacks: [&[TagBytes]; 3] =
+            [&[], &[tag(0x8100, 100)], &[tag(0x88a8, 200), tag(0x8100, 100)]];
         for tags in stacks {
             let tagged = frame.clone().tags(tags);
             if !tags.is_empty() {
@@ -230,10 +191,7 @@ fn tagged_super_frames_are_segmented_if_csum_start_moved_and_lost_if_not() {
             let mut segments = wire.receive_until(1);
             segments.pop();
             let payloads: Vec<Vec<u8>> = segments.iter().map(ip::checked_payload).collect();
-            assert!(
-                segments.iter().all(|segment| segment.tags == tags),
-                "{segments:?}"
-            );
+            assert!(segments.iter().all(|segment| segment.tags == tags), "{segments:?}");
             assert_eq!(payloads.concat(), data, "{version:?} {tags:?}");
             assert_eq!(payloads.len(), 7);
         }
@@ -259,11 +217,8 @@ fn a_merged_gre_frame_sent_on_as_it_is_vanishes() {
     gre.payload[10..12].copy_from_slice(&sum.to_be_bytes());
     gre.payload.extend([0, 0, 8, 0]);
     gre.payload.extend(&inner.payload);
-    let header = Vnet {
-        csum_start: header.csum_start + 24,
-        hdr_len: header.hdr_len + 24,
-        ..header
-    };
+    let header =
+        Vnet { csum_start: header.csum_start + 24, hdr_len: header.hdr_len + 24, ..header };
     let socket = sender(&lab.host, "t0");
     send(&socket, header, &gre).expect("no error tells of the loss");
     send(&socket, Vnet::default(), &Frame::numbered(1)).unwrap();
@@ -289,10 +244,7 @@ fn a_tap_without_offloads_gets_segments_with_checksums() {
         send(&socket, Vnet::default(), &Frame::numbered(1)).unwrap();
         let mut segments = guest.receive_until(1);
         segments.pop();
-        assert!(
-            segments.iter().all(|segment| segment.tags == tags),
-            "{segments:?}"
-        );
+        assert!(segments.iter().all(|segment| segment.tags == tags), "{segments:?}");
         let payloads: Vec<Vec<u8>> = segments.iter().map(ip::checked_payload).collect();
         assert_eq!(payloads.concat(), data);
     }
@@ -331,18 +283,10 @@ fn a_downed_device_reports_enetdown_once_and_comes_back_by_itself() {
     let mut ring = lab.host.enter(|| Ring::new("up0", 2048, 64, false));
     let wire = lab.wire();
     lab.host.ip("link set up0 down");
-    let error = ring
-        .socket
-        .receive()
-        .err()
-        .and_then(|error| error.raw_os_error());
+    let error = ring.socket.receive().err().and_then(|error| error.raw_os_error());
     assert_eq!(error, Some(libc::ENETDOWN));
     assert_eq!(
-        error_of(send(
-            &sender(&lab.host, "up0"),
-            Vnet::default(),
-            &Frame::numbered(1)
-        )),
+        error_of(send(&sender(&lab.host, "up0"), Vnet::default(), &Frame::numbered(1))),
         Some(libc::ENETDOWN)
     );
     lab.host.ip("link set up0 up");
@@ -375,11 +319,7 @@ fn a_taps_carrier_says_whether_a_vmm_has_it_open() {
     let lab = Lab::new();
     let lower_up = || {
         let link = lab.host.link("t0").expect("the tap stays");
-        link["flags"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .any(|flag| flag == "LOWER_UP")
+        link["flags"].as_array().unwrap().iter().any(|flag| flag == "LOWER_UP")
     };
     let first = lab.host.enter(|| open_tap("t0", 0, 0)).unwrap();
     set_persistent(&first, true).unwrap();
@@ -400,10 +340,7 @@ fn a_multi_queue_tap_is_refused_to_a_single_queue_vmm() {
     let first = open(libc::IFF_MULTI_QUEUE).unwrap();
     set_persistent(&first, true).unwrap();
     drop(first);
-    assert_eq!(
-        open(0).err().and_then(|error| error.raw_os_error()),
-        Some(libc::EINVAL)
-    );
+    assert_eq!(open(0).err().and_then(|error| error.raw_os_error()), Some(libc::EINVAL));
     open(libc::IFF_MULTI_QUEUE).unwrap();
 }
 
@@ -412,11 +349,7 @@ fn a_multi_queue_tap_is_refused_to_a_single_queue_vmm() {
 #[ignore = "needs root: makes network namespaces"]
 fn promiscuity_by_membership_ends_with_the_socket() {
     let lab = Lab::new();
-    let promiscuity = || {
-        lab.host.link("up0").unwrap()["promiscuity"]
-            .as_u64()
-            .unwrap()
-    };
+    let promiscuity = || lab.host.link("up0").unwrap()["promiscuity"].as_u64().unwrap();
     let socket = lab.host.enter(|| {
         let socket = PacketSocket::new();
         socket.promiscuous(index_of("up0")).unwrap();
@@ -442,13 +375,8 @@ fn the_labs_frames_are_what_etherparse_reads() {
             assert_eq!(Frame::read(&bytes), tagged);
             let parsed = etherparse::SlicedPacket::from_ethernet(&bytes).unwrap();
             let vlan = parsed.vlan().expect("one tag");
-            let etherparse::VlanSlice::SingleVlan(vlan) = vlan else {
-                panic!("one tag")
-            };
-            let found = (
-                vlan.vlan_identifier().value(),
-                vlan.priority_code_point().value(),
-            );
+            let etherparse::VlanSlice::SingleVlan(vlan) = vlan else { panic!("one tag") };
+            let found = (vlan.vlan_identifier().value(), vlan.priority_code_point().value());
             assert_eq!(found, (0x123, 0b101));
             assert!(vlan.drop_eligible_indicator());
         }
@@ -468,18 +396,10 @@ fn a_guests_super_frame_reaches_the_ring_whole() {
     let mut ring = lab.host.enter(|| Ring::new("t0", 65536, 4, false));
     lab::guest::carrier(&lab.host, "t0");
     let (header, frame) = ip::partial(&ip::tcp(Version::V4, 1, &[3; 30_000]), Version::V4, 1448);
-    for tags in [
-        vec![],
-        vec![tag(0x8100, 4)],
-        vec![tag(0x88a8, 4), tag(0x8100, 5)],
-    ] {
+    for tags in [vec![], vec![tag(0x8100, 4)], vec![tag(0x88a8, 4), tag(0x8100, 5)]] {
         let tagged = frame.clone().tags(&tags);
-        lab::raw::write_tap(
-            &tap,
-            &header.behind_tags(tags.len()).bytes(),
-            &tagged.bytes(),
-        )
-        .unwrap();
+        lab::raw::write_tap(&tap, &header.behind_tags(tags.len()).bytes(), &tagged.bytes())
+            .unwrap();
         let slot = next(&mut ring);
         let in_bytes = tags.len().saturating_sub(1);
         assert_eq!(slot.frame.len(), frame.bytes().len() + 4 * in_bytes);
@@ -535,11 +455,7 @@ fn packet_statistics_count_received_and_lost_frames_since_last_asked() {
     }
     witness.receive_until(99);
     let [packets, drops] = ring.socket.get(libc::PACKET_STATISTICS).unwrap();
-    assert_eq!(
-        (packets, drops),
-        (100, 68),
-        "the first counts the lost ones too"
-    );
+    assert_eq!((packets, drops), (100, 68), "the first counts the lost ones too");
     let [packets, drops] = ring.socket.get(libc::PACKET_STATISTICS).unwrap();
     assert_eq!((packets, drops), (0, 0));
     assert_eq!(std::iter::from_fn(|| ring.take()).count(), 32);

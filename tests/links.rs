@@ -81,10 +81,7 @@ impl Drop for OtherNamespace {
 }
 
 fn output(program: &str, arguments: &str) -> String {
-    let output = Command::new(program)
-        .args(arguments.split_whitespace())
-        .output()
-        .unwrap();
+    let output = Command::new(program).args(arguments.split_whitespace()).output().unwrap();
     assert!(
         output.status.success(),
         "{program} {arguments}: {}",
@@ -99,17 +96,8 @@ fn ip(arguments: &str) -> String {
 
 /// Many commands in one process.
 fn ip_batch(commands: &str) {
-    let mut child = Command::new("ip")
-        .args(["-batch", "-"])
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(commands.as_bytes())
-        .unwrap();
+    let mut child = Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success(), "ip -batch failed");
 }
 
@@ -133,54 +121,25 @@ fn index_of(name: &str) -> u32 {
 /// The root qdisc's kind according to tc.
 fn tc_root(name: &str) -> Option<String> {
     let json = output("tc", &format!("-j qdisc show dev {name}"));
-    json.split("},{")
-        .find(|qdisc| qdisc.contains("\"root\":true"))
-        .and_then(|q| field(q, "kind"))
+    json.split("},{").find(|qdisc| qdisc.contains("\"root\":true")).and_then(|q| field(q, "kind"))
 }
 
 /// Checks a state against what `ip` says about the device of that name.
 fn assert_as_ip_shows(state: &LinkState) {
     let json = ip_link(&state.name);
-    let flags = json
-        .split_once("\"flags\":[")
-        .unwrap()
-        .1
-        .split_once(']')
-        .unwrap()
-        .0
-        .to_owned();
+    let flags = json.split_once("\"flags\":[").unwrap().1.split_once(']').unwrap().0.to_owned();
     let has = |flag: &str| flags.split(',').any(|word| word.trim_matches('"') == flag);
-    let address: Vec<String> = state
-        .address
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    assert_eq!(
-        field(&json, "ifindex"),
-        Some(state.index.to_string()),
-        "{json}"
-    );
+    let address: Vec<String> = state.address.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(field(&json, "ifindex"), Some(state.index.to_string()), "{json}");
     assert_eq!(field(&json, "mtu"), Some(state.mtu.to_string()), "{json}");
     assert_eq!(field(&json, "address"), Some(address.join(":")), "{json}");
     assert_eq!(field(&json, "info_kind"), state.kind, "{json}");
     assert_eq!(field(&json, "ifalias"), state.alias, "{json}");
-    assert_eq!(
-        field(&json, "txqlen"),
-        Some(state.tx_queue_len.to_string()),
-        "{json}"
-    );
-    assert_eq!(
-        field(&json, "link_type").as_deref() == Some("ether"),
-        state.is_ethernet,
-        "{json}"
-    );
+    assert_eq!(field(&json, "txqlen"), Some(state.tx_queue_len.to_string()), "{json}");
+    assert_eq!(field(&json, "link_type").as_deref() == Some("ether"), state.is_ethernet, "{json}");
     assert_eq!(has("UP"), state.up, "{json}");
     assert_eq!(has("LOWER_UP"), state.carrier, "{json}");
-    assert_eq!(
-        field(&json, "master").map(|name| index_of(&name)),
-        state.master,
-        "{json}"
-    );
+    assert_eq!(field(&json, "master").map(|name| index_of(&name)), state.master, "{json}");
 }
 
 /// The kernel's table as a monitor made just now sees it.
@@ -189,11 +148,7 @@ fn fresh_table() -> BTreeMap<u32, LinkState> {
 }
 
 fn table(monitor: &LinkMonitor) -> BTreeMap<u32, LinkState> {
-    monitor
-        .links()
-        .iter()
-        .map(|state| (state.index, state.clone()))
-        .collect()
+    monitor.links().iter().map(|state| (state.index, state.clone())).collect()
 }
 
 fn events(monitor: &mut LinkMonitor) -> Vec<LinkEvent> {
@@ -212,16 +167,9 @@ fn events_until(
     let mut seen = events(monitor);
     while !wanted(monitor) {
         let left = deadline.saturating_duration_since(Instant::now());
-        assert!(
-            !left.is_zero(),
-            "waited in vain until {what}; seen: {seen:#?}"
-        );
+        assert!(!left.is_zero(), "waited in vain until {what}; seen: {seen:#?}");
         let timeout = PollTimeout::try_from(left).unwrap();
-        poll(
-            &mut [PollFd::new(monitor.as_fd(), PollFlags::POLLIN)],
-            timeout,
-        )
-        .unwrap();
+        poll(&mut [PollFd::new(monitor.as_fd(), PollFlags::POLLIN)], timeout).unwrap();
         seen.extend(events(monitor));
     }
     seen
@@ -231,26 +179,15 @@ fn events_until(
 /// no name is taken before it is free.
 fn follow(names: &mut HashMap<String, u32>, event: &LinkEvent) {
     if let Some(old) = event.departed() {
-        assert_eq!(
-            names.remove(&old.name),
-            Some(old.index),
-            "departed unarrived: {event:?}"
-        );
+        assert_eq!(names.remove(&old.name), Some(old.index), "departed unarrived: {event:?}");
     }
     if let Some(new) = event.arrived() {
-        assert_eq!(
-            names.insert(new.name.clone(), new.index),
-            None,
-            "held name: {event:?}"
-        );
+        assert_eq!(names.insert(new.name.clone(), new.index), None, "held name: {event:?}");
     }
 }
 
 fn names(table: &BTreeMap<u32, LinkState>) -> HashMap<String, u32> {
-    table
-        .values()
-        .map(|state| (state.name.clone(), state.index))
-        .collect()
+    table.values().map(|state| (state.name.clone(), state.index)).collect()
 }
 
 /// Events without those that only tell of flags, in short.
@@ -312,16 +249,11 @@ fn each_change_of_a_device_is_an_event() {
             ("mtu 9000", |link| link.mtu == 9000),
             ("alias web", |link| link.alias.as_deref() == Some("web")),
             ("txqueuelen 77", |link| link.tx_queue_len == 77),
-            ("address 02:00:00:00:00:07", |link| {
-                link.address == [2, 0, 0, 0, 0, 7]
-            }),
+            ("address 02:00:00:00:00:07", |link| link.address == [2, 0, 0, 0, 0, 7]),
             ("down", |link| !link.up),
         ];
         for (change, is_so) in steps {
-            assert!(
-                !is_so(monitor.links().by_name("t0").unwrap()),
-                "{change} before"
-            );
+            assert!(!is_so(monitor.links().by_name("t0").unwrap()), "{change} before");
             ip(&format!("link set t0 {change}"));
             let seen = events(&mut monitor);
             assert!(
@@ -377,10 +309,7 @@ fn names_are_followed_through_renames_and_swaps() {
         ip("link set t-away name t-b");
         ip("link set t-tmp name t-a");
         let seen = events(&mut monitor);
-        assert_eq!(
-            comings_and_goings(&seen),
-            ["t-b>t-tmp", "t-away>t-b", "t-tmp>t-a"]
-        );
+        assert_eq!(comings_and_goings(&seen), ["t-b>t-tmp", "t-away>t-b", "t-tmp>t-a"]);
         seen.iter().for_each(|event| follow(&mut followed, event));
         assert_eq!(followed["t-a"], b);
         assert_eq!(followed["t-b"], a);
@@ -492,14 +421,10 @@ fn carrier_is_right_after_changing_while_the_device_was_down() {
         });
         ip("link set t0 down");
         drop(guest);
-        events_until(&mut monitor, "down", |monitor| {
-            !monitor.links().by_name("t0").unwrap().up
-        });
+        events_until(&mut monitor, "down", |monitor| !monitor.links().by_name("t0").unwrap().up);
         assert_as_ip_shows(monitor.links().by_name("t0").unwrap());
         ip("link set t0 up");
-        events_until(&mut monitor, "up again", |monitor| {
-            monitor.links().by_name("t0").unwrap().up
-        });
+        events_until(&mut monitor, "up again", |monitor| monitor.links().by_name("t0").unwrap().up);
         assert_as_ip_shows(monitor.links().by_name("t0").unwrap());
     });
 }
@@ -544,9 +469,8 @@ fn an_overrun_loses_no_change() {
         let again = index_of("again");
 
         // More than fits, so that what follows is surely lost.
-        let flood: String = (0..100)
-            .map(|mtu| format!("link set keep mtu {}\n", 2000 + mtu))
-            .collect();
+        let flood: String =
+            (0..100).map(|mtu| format!("link set keep mtu {}\n", 2000 + mtu)).collect();
         ip_batch(&flood);
         ip_batch(
             "link del again\ntuntap add dev again mode tap\nlink del gone\n\
@@ -593,11 +517,7 @@ fn storm(slow_reader: bool) {
         .map(|(round, n)| step(round, n))
         .collect();
 
-    ip_batch(
-        &(0..20)
-            .map(|n| format!("tuntap add dev t{n} mode tap\n"))
-            .collect::<String>(),
-    );
+    ip_batch(&(0..20).map(|n| format!("tuntap add dev t{n} mode tap\n")).collect::<String>());
     let mut monitor = LinkMonitor::new().unwrap();
     if slow_reader {
         // Room for one notification: every other one is lost.
@@ -605,11 +525,8 @@ fn storm(slow_reader: bool) {
     }
     let mut followed = names(&table(&monitor));
     // Children of this thread live in its namespace.
-    let mut changes = Command::new("ip")
-        .args(["-batch", "-"])
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut changes =
+        Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     let mut commands = changes.stdin.take().unwrap();
     let writer = thread::spawn(move || commands.write_all(script.as_bytes()).unwrap());
 
@@ -632,11 +549,7 @@ fn storm(slow_reader: bool) {
             thread::sleep(Duration::from_millis(10));
         } else {
             let timeout = PollTimeout::from(50u8);
-            poll(
-                &mut [PollFd::new(monitor.as_fd(), PollFlags::POLLIN)],
-                timeout,
-            )
-            .unwrap();
+            poll(&mut [PollFd::new(monitor.as_fd(), PollFlags::POLLIN)], timeout).unwrap();
         }
     };
     writer.join().unwrap();
@@ -645,11 +558,7 @@ fn storm(slow_reader: bool) {
     assert_eq!(monitor.overruns() > 0, slow_reader);
 
     // The kernel tells of an alias given to a down device with the next change.
-    ip_batch(
-        &(0..20)
-            .map(|n| format!("link set t{n} mtu 1234\n"))
-            .collect::<String>(),
-    );
+    ip_batch(&(0..20).map(|n| format!("link set t{n} mtu 1234\n")).collect::<String>());
     events_until(&mut monitor, "the table is the kernel's", |monitor| {
         table(monitor) == fresh_table()
     })
@@ -674,9 +583,8 @@ fn overrunning_in_a_storm_of_changes_ends_in_the_truth() {
 #[ignore = "needs root: network namespaces"]
 fn a_thousand_devices_are_listed_and_followed() {
     in_namespace(|| {
-        let pairs: String = (0..500)
-            .map(|n| format!("link add v{n} type veth peer name w{n}\n"))
-            .collect();
+        let pairs: String =
+            (0..500).map(|n| format!("link add v{n} type veth peer name w{n}\n")).collect();
         ip_batch(&pairs);
         let start = Instant::now();
         let mut monitor = LinkMonitor::new().unwrap();
@@ -686,11 +594,7 @@ fn a_thousand_devices_are_listed_and_followed() {
             assert_as_ip_shows(monitor.links().by_name(name).unwrap());
         }
 
-        ip_batch(
-            &(0..500)
-                .map(|n| format!("link set v{n} up\n"))
-                .collect::<String>(),
-        );
+        ip_batch(&(0..500).map(|n| format!("link set v{n} up\n")).collect::<String>());
         let start = Instant::now();
         let seen = events(&mut monitor);
         println!(
@@ -701,11 +605,7 @@ fn a_thousand_devices_are_listed_and_followed() {
         );
         assert_eq!(monitor.links().iter().filter(|link| link.up).count(), 500);
 
-        ip_batch(
-            &(0..500)
-                .map(|n| format!("link del v{n}\n"))
-                .collect::<String>(),
-        );
+        ip_batch(&(0..500).map(|n| format!("link del v{n}\n")).collect::<String>());
         let start = Instant::now();
         let seen = events(&mut monitor);
         println!(
@@ -731,13 +631,7 @@ fn each_setting_is_what_ip_shows() {
         let shown = |key: &str| field(&ip_link("t0"), key);
         let flag = |name: &str| {
             let json = ip_link("t0");
-            let flags = json
-                .split_once("\"flags\":[")
-                .unwrap()
-                .1
-                .split_once(']')
-                .unwrap()
-                .0;
+            let flags = json.split_once("\"flags\":[").unwrap().1.split_once(']').unwrap().0;
             flags.split(',').any(|word| word.trim_matches('"') == name)
         };
 
@@ -807,10 +701,7 @@ fn the_root_qdisc_is_what_tc_shows() {
                 }
 
                 socket.set_root_qdisc_noqueue(index).unwrap();
-                assert_eq!(
-                    socket.root_qdisc_kind(index).unwrap().as_deref(),
-                    Some("noqueue")
-                );
+                assert_eq!(socket.root_qdisc_kind(index).unwrap().as_deref(), Some("noqueue"));
                 assert_eq!(tc_root("t0").as_deref(), Some("noqueue"));
                 // Setting the device up afterwards keeps it, and so does setting it again.
                 socket.set_up(index).unwrap();
@@ -843,11 +734,7 @@ fn a_device_configured_with_addr_gen_none_comes_up_without_an_address() {
         for addr_gen_none in [false, true] {
             let guest = tun_tap::Iface::without_packet_info("t0", tun_tap::Mode::Tap).unwrap();
             let index = index_of("t0");
-            let settings = LinkSettings {
-                up: Some(true),
-                addr_gen_none,
-                ..Default::default()
-            };
+            let settings = LinkSettings { up: Some(true), addr_gen_none, ..Default::default() };
             socket.configure(index, &settings).unwrap();
             assert_eq!(socket.addresses(index).unwrap().is_empty(), addr_gen_none);
             drop(guest);
@@ -878,12 +765,8 @@ fn the_hosts_addresses_are_those_of_the_device_alone() {
 #[ignore = "needs root: network namespaces"]
 fn ipv6_is_switched_off_and_put_back() {
     in_namespace(|| {
-        let setting = |name: &str| {
-            output(
-                "cat",
-                &format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"),
-            )
-        };
+        let setting =
+            |name: &str| output("cat", &format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"));
         ip("link add v0 type veth peer name v1");
         ip("addr add 2001:db8::1/64 dev v0 nodad");
         let mut socket = LinkSocket::new().unwrap();
@@ -931,10 +814,7 @@ fn errors_name_the_device_the_operation_and_the_cure() {
         println!("{error}");
         let text = error.to_string();
         assert!(text.starts_with(&format!("tap-web1 (index {index}): cannot set mtu 70000: ")));
-        assert!(
-            text.contains("mtu greater than device maximum"),
-            "the kernel's own words: {text}"
-        );
+        assert!(text.contains("mtu greater than device maximum"), "the kernel's own words: {text}");
         // Refused, so it did not come up either.
         let settings = LinkSettings {
             up: Some(true),
@@ -960,29 +840,17 @@ fn errors_name_the_device_the_operation_and_the_cure() {
         ] {
             println!("{error}");
             assert!(error.is_device_gone(), "{error}");
-            assert!(
-                error.to_string().contains(&format!("device {index}:")),
-                "{error}"
-            );
+            assert!(error.to_string().contains(&format!("device {index}:")), "{error}");
         }
         // The socket is still good.
         ip("link set lo up");
         assert!(socket.link(1).unwrap().up);
 
         // Only this thread loses the capability.
-        caps::drop(
-            None,
-            caps::CapSet::Effective,
-            caps::Capability::CAP_NET_ADMIN,
-        )
-        .unwrap();
+        caps::drop(None, caps::CapSet::Effective, caps::Capability::CAP_NET_ADMIN).unwrap();
         let error = LinkSocket::new().unwrap().set_down(1).unwrap_err();
         println!("{error}");
-        assert!(
-            error
-                .to_string()
-                .starts_with("lo (index 1): cannot set down: ")
-        );
+        assert!(error.to_string().starts_with("lo (index 1): cannot set down: "));
         assert!(error.to_string().ends_with("CAP_NET_ADMIN"));
         // Watching needs no capability.
         assert_eq!(LinkMonitor::new().unwrap().links().len(), 1);
@@ -1009,11 +877,7 @@ fn a_device_with_noqueue_of_its_own_is_left_alone() {
 fn a_hundred_taps_are_prepared() {
     in_namespace(|| {
         const TAPS: u32 = 100;
-        ip_batch(
-            &(0..TAPS)
-                .map(|n| format!("tuntap add dev t{n} mode tap\n"))
-                .collect::<String>(),
-        );
+        ip_batch(&(0..TAPS).map(|n| format!("tuntap add dev t{n} mode tap\n")).collect::<String>());
         let monitor = LinkMonitor::new().unwrap();
         let mut socket = LinkSocket::new().unwrap();
         let mut spent: BTreeMap<&str, Duration> = BTreeMap::new();
@@ -1036,29 +900,17 @@ fn a_hundred_taps_are_prepared() {
             timed("disable_ipv6", &mut || {
                 disable_ipv6(&name).unwrap();
             });
-            timed("configure", &mut || {
-                socket.configure(index, &settings).unwrap()
-            });
-            timed("noqueue", &mut || {
-                socket.set_root_qdisc_noqueue(index).unwrap()
-            });
+            timed("configure", &mut || socket.configure(index, &settings).unwrap());
+            timed("noqueue", &mut || socket.set_root_qdisc_noqueue(index).unwrap());
             timed("up", &mut || socket.set_up(index).unwrap());
         }
         println!("{TAPS} taps prepared in {:?}: {spent:?}", start.elapsed());
         for state in fresh_table().values().filter(|state| state.name != "lo") {
-            assert!(
-                state.up && state.mtu == 65521 && state.tx_queue_len == 1024,
-                "{state:?}"
-            );
+            assert!(state.up && state.mtu == 65521 && state.tx_queue_len == 1024, "{state:?}");
         }
-        assert_eq!(
-            output("tc", "qdisc show").matches("noqueue").count(),
-            TAPS as usize
-        );
+        assert_eq!(output("tc", "qdisc show").matches("noqueue").count(), TAPS as usize);
         assert!(
-            fs::read_to_string("/proc/sys/net/ipv6/conf/t0/disable_ipv6")
-                .unwrap()
-                .starts_with('1')
+            fs::read_to_string("/proc/sys/net/ipv6/conf/t0/disable_ipv6").unwrap().starts_with('1')
         );
     });
 }

@@ -45,52 +45,18 @@ const BY_THEMSELVES: &[Case] = &[
     (&["--map", "101.0=t0"], &["0"]),
     (&["--map", "0.5=t0"], &["0"]),
     // Claims that collide.
-    (
-        &["--map", "101=t0", "--map", "101=t1"],
-        &["101", "t0", "t1"],
-    ),
-    (
-        &["--map", "100-102=t0", "--map", "101=t1"],
-        &["101", "t0", "t1"],
-    ),
-    (
-        &["--map", "101=t0", "--map", "101.20=t1"],
-        &["101", "t0", "t1"],
-    ),
-    (
-        &["--map", "101.20=t0", "--map", "101=t1"],
-        &["101", "t0", "t1"],
-    ),
-    (
-        &["--map", "101.20=t0", "--map", "101.20=t1"],
-        &["101.20", "t0"],
-    ),
+    (&["--map", "101=t0", "--map", "101=t1"], &["101", "t0", "t1"]),
+    (&["--map", "100-102=t0", "--map", "101=t1"], &["101", "t0", "t1"]),
+    (&["--map", "101=t0", "--map", "101.20=t1"], &["101", "t0", "t1"]),
+    (&["--map", "101.20=t0", "--map", "101=t1"], &["101", "t0", "t1"]),
+    (&["--map", "101.20=t0", "--map", "101.20=t1"], &["101.20", "t0"]),
     (&["--map", "0=t0", "--map", "0=t1"], &["0", "t0"]),
-    (
-        &[
-            "--tpid",
-            "0x88a8",
-            "--map",
-            "101=t0",
-            "--map",
-            "101=t1,tpid=0x88a8",
-        ],
-        &["101", "t0", "t1"],
-    ),
+    (&["--tpid", "0x88a8", "--map", "101=t0", "--map", "101=t1,tpid=0x88a8"], &["101", "t0", "t1"]),
     // Devices.
-    (
-        &["--map", "101=t0", "--map", "102=t0"],
-        &["t0", "101=t0", "once"],
-    ),
-    (
-        &["--map", "101=t0", "--map", "102=internal:t0"],
-        &["t0", "once"],
-    ),
+    (&["--map", "101=t0", "--map", "102=t0"], &["t0", "101=t0", "once"]),
+    (&["--map", "101=t0", "--map", "102=internal:t0"], &["t0", "once"]),
     (&["--map", "101=up0"], &["up0", "uplink"]),
-    (
-        &["--map", "101=sixteen-letters-"],
-        &["sixteen-letters-", "15"],
-    ),
+    (&["--map", "101=sixteen-letters-"], &["sixteen-letters-", "15"]),
     (&["--map", "101="], &["101="]),
     (&["--map", "101=a/b"], &["a/b"]),
     (&["--map", "101=a b"], &["a b"]),
@@ -98,10 +64,7 @@ const BY_THEMSELVES: &[Case] = &[
     (&["--map", "101=internal:"], &["internal:"]),
     (&["--map", "101"], &["101", "VLANS=DEVICE"]),
     // Modes.
-    (
-        &["--map", "101=t0,mode=bridge"],
-        &["mode", "bridge", "tunnel"],
-    ),
+    (&["--map", "101=t0,mode=bridge"], &["mode", "bridge", "tunnel"]),
     (&["--map", "100-102=t0,mode=access"], &["access"]),
     (&["--map", "100-102=t0,mode=tunnel"], &["tunnel"]),
     (&["--map", "101.20=t0,mode=trunk"], &["trunk"]),
@@ -111,14 +74,8 @@ const BY_THEMSELVES: &[Case] = &[
     (&["--map", "101=t0,native=101"], &["native"]),
     (&["--map", "100-102=t0,native=x"], &["native", "x"]),
     // Tags.
-    (
-        &["--map", "101=t0,tpid=0x1234"],
-        &["tpid", "0x1234", "0x8100"],
-    ),
-    (
-        &["--tpid", "0x0800", "--map", "101=t0"],
-        &["tpid", "0x0800", "0x8100"],
-    ),
+    (&["--map", "101=t0,tpid=0x1234"], &["tpid", "0x1234", "0x8100"]),
+    (&["--tpid", "0x0800", "--map", "101=t0"], &["tpid", "0x0800", "0x8100"]),
     (&["--map", "101=t0,inner-tpid=0x8100"], &["inner-tpid"]),
     (&["--map", "101.20=t0,inner-tpid=7"], &["inner-tpid", "7"]),
     (&["--map", "101=t0,pcp=8"], &["pcp", "8"]),
@@ -127,25 +84,13 @@ const BY_THEMSELVES: &[Case] = &[
     (&["--map", "101=t0,speed=9"], &["speed", "mode"]),
     (&["--map", "101=t0,mode"], &["mode"]),
     (&["--map", "101=t0,pcp=1,pcp=2"], &["pcp", "twice"]),
-    (
-        &["--map", "101=t0,create=maybe"],
-        &["create", "maybe", "yes"],
-    ),
+    (&["--map", "101=t0,create=maybe"], &["create", "maybe", "yes"]),
     (&["--map", "101=t0,queues=0"], &["queues", "0"]),
     (&["--map", "101=t0,queues=many"], &["queues", "many"]),
     (&["--map", "101=t0,offload=on"], &["offload", "on"]),
-    (
-        &["--map", "101=t0,owner=no-such-user-here"],
-        &["owner", "no-such-user-here"],
-    ),
-    (
-        &["--map", "101=t0,group=no-such-group-here"],
-        &["group", "no-such-group-here"],
-    ),
-    (
-        &["--map", "101=t0,create=no,queues=2"],
-        &["queues", "create"],
-    ),
+    (&["--map", "101=t0,owner=no-such-user-here"], &["owner", "no-such-user-here"]),
+    (&["--map", "101=t0,group=no-such-group-here"], &["group", "no-such-group-here"]),
+    (&["--map", "101=t0,create=no,queues=2"], &["queues", "create"]),
     (&["--map", "101=t0,"], &["101=t0,"]),
 ];
 
@@ -154,30 +99,15 @@ const COMMAND_LINES: &[Case] = &[
     (&["--uplink", "up0", "--frobnicate"], &["--frobnicate"]),
     (&["--uplink", "up0"], &["--map"]),
     (&["--map", "101=t0"], &["--uplink"]),
-    (
-        &["--uplink", "up0", "--map", "101=t0", "--poll", "never"],
-        &["--poll", "never", "adaptive"],
-    ),
+    (&["--uplink", "up0", "--map", "101=t0", "--poll", "never"], &["--poll", "never", "adaptive"]),
     (
         &["--uplink", "up0", "--map", "101=t0", "--log-format", "xml"],
         &["--log-format", "xml", "json"],
     ),
-    (
-        &["--uplink", "up0", "--map", "101=t0", "--set-uplink-mtu=x"],
-        &["--set-uplink-mtu", "x"],
-    ),
-    (
-        &["--uplink", "up0", "--map", "101=t0", "--set-uplink-mtu=1"],
-        &["--set-uplink-mtu", "1"],
-    ),
-    (
-        &["--uplink", "up0", "--map", "101=t0", "--datapath", "warp"],
-        &["--datapath", "warp"],
-    ),
-    (
-        &["--uplink", "up0", "--map", "101=t0", "surplus"],
-        &["surplus"],
-    ),
+    (&["--uplink", "up0", "--map", "101=t0", "--set-uplink-mtu=x"], &["--set-uplink-mtu", "x"]),
+    (&["--uplink", "up0", "--map", "101=t0", "--set-uplink-mtu=1"], &["--set-uplink-mtu", "1"]),
+    (&["--uplink", "up0", "--map", "101=t0", "--datapath", "warp"], &["--datapath", "warp"]),
+    (&["--uplink", "up0", "--map", "101=t0", "surplus"], &["surplus"]),
 ];
 
 fn assert_refused(failure: &Failure, code: i32, arguments: &[&str], named: &[&str]) {
@@ -192,10 +122,7 @@ fn assert_refused(failure: &Failure, code: i32, arguments: &[&str], named: &[&st
 /// One line, with the program's name in front, and none of a debugger's language.
 fn assert_one_line(failure: &Failure, arguments: &[&str]) {
     let said = &failure.stderr;
-    assert!(
-        said.starts_with("vlanswitchd: error: "),
-        "{arguments:?}: {said}"
-    );
+    assert!(said.starts_with("vlanswitchd: error: "), "{arguments:?}: {said}");
     assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
     for noise in ["panicked", "Err(", "Some(", "\\\"", "{ "] {
         assert!(!said.contains(noise), "{arguments:?}: {said}");
@@ -203,20 +130,11 @@ fn assert_one_line(failure: &Failure, arguments: &[&str]) {
 }
 
 fn run_anywhere(arguments: &[&str]) -> Failure {
-    let output = Command::new(binary())
-        .args(arguments)
-        .output()
-        .expect("it starts");
+    let output = Command::new(binary()).args(arguments).output().expect("it starts");
     Failure {
         code: output.status.code(),
-        stdout: String::from_utf8(output.stdout)
-            .unwrap()
-            .trim_end()
-            .to_owned(),
-        stderr: String::from_utf8(output.stderr)
-            .unwrap()
-            .trim_end()
-            .to_owned(),
+        stdout: String::from_utf8(output.stdout).unwrap().trim_end().to_owned(),
+        stderr: String::from_utf8(output.stderr).unwrap().trim_end().to_owned(),
     }
 }
 
@@ -244,11 +162,7 @@ fn help_and_version_are_no_errors() {
     for argument in ["--help", "-h", "--version"] {
         let answer = run_anywhere(&[argument]);
         assert_eq!(answer.code, Some(0), "{argument}");
-        assert!(
-            answer.stdout.contains("vlanswitchd"),
-            "{argument}: {}",
-            answer.stdout
-        );
+        assert!(answer.stdout.contains("vlanswitchd"), "{argument}: {}", answer.stdout);
         assert_eq!(answer.stderr, "");
     }
 }
@@ -261,56 +175,16 @@ fn what_the_host_cannot_give_is_refused_and_nothing_is_half_applied() {
     lab.host.ip("tuntap add dev layer3 mode tun");
     let first_port = ["--map", "7=early,owner=0"];
     let cases: &[(&[&str], i32, &[&str])] = &[
-        (
-            &["--uplink", "gone0", "--map", "101=t0"],
-            WRONG,
-            &["gone0", "no such"],
-        ),
-        (
-            &["--uplink", "lo", "--map", "101=t0"],
-            WRONG,
-            &["lo", "Ethernet"],
-        ),
-        (
-            &["--uplink", "layer3", "--map", "101=t0"],
-            WRONG,
-            &["layer3", "Ethernet"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=layer3"],
-            WRONG,
-            &["layer3", "Ethernet"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=lo"],
-            WRONG,
-            &["lo", "Ethernet"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=vnet7"],
-            WRONG,
-            &["vnet7", "libvirt", "create=no"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=vif1"],
-            WRONG,
-            &["vif1", "libvirt"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=macvtap0"],
-            WRONG,
-            &["macvtap0", "libvirt"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=macvlan3"],
-            WRONG,
-            &["macvlan3", "libvirt"],
-        ),
-        (
-            &["--uplink", "up0", "--map", "101=internal:up1"],
-            WRONG,
-            &["up1"],
-        ),
+        (&["--uplink", "gone0", "--map", "101=t0"], WRONG, &["gone0", "no such"]),
+        (&["--uplink", "lo", "--map", "101=t0"], WRONG, &["lo", "Ethernet"]),
+        (&["--uplink", "layer3", "--map", "101=t0"], WRONG, &["layer3", "Ethernet"]),
+        (&["--uplink", "up0", "--map", "101=layer3"], WRONG, &["layer3", "Ethernet"]),
+        (&["--uplink", "up0", "--map", "101=lo"], WRONG, &["lo", "Ethernet"]),
+        (&["--uplink", "up0", "--map", "101=vnet7"], WRONG, &["vnet7", "libvirt", "create=no"]),
+        (&["--uplink", "up0", "--map", "101=vif1"], WRONG, &["vif1", "libvirt"]),
+        (&["--uplink", "up0", "--map", "101=macvtap0"], WRONG, &["macvtap0", "libvirt"]),
+        (&["--uplink", "up0", "--map", "101=macvlan3"], WRONG, &["macvlan3", "libvirt"]),
+        (&["--uplink", "up0", "--map", "101=internal:up1"], WRONG, &["up1"]),
     ];
     lab.host.ip("link add up1 type veth peer name up2");
     let before = lab.host.snapshot();
@@ -399,31 +273,16 @@ fn without_privileges_the_missing_capability_and_the_cure_are_named() {
     let published = Published::new();
     let before = lab.host.snapshot();
     let arguments = ["--uplink", "up0", "--map", "101=t0"];
-    let nobody = [
-        "setpriv",
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-    ];
+    let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
     let cases: [(&[&str], &[&str], &[&str]); 3] = [
+        (&[], &["CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF", "setcap"], &[]),
         (
-            &[],
-            &["CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF", "setcap"],
-            &[],
-        ),
-        (
-            &[
-                "--inh-caps=+net_admin,+net_raw",
-                "--ambient-caps=+net_admin,+net_raw",
-            ],
+            &["--inh-caps=+net_admin,+net_raw", "--ambient-caps=+net_admin,+net_raw"],
             &["CAP_BPF", "setcap"],
             &["CAP_NET_RAW", "CAP_NET_ADMIN"],
         ),
         (
-            &[
-                "--inh-caps=+net_admin,+bpf",
-                "--ambient-caps=+net_admin,+bpf",
-            ],
+            &["--inh-caps=+net_admin,+bpf", "--ambient-caps=+net_admin,+bpf"],
             &["CAP_NET_RAW", "setcap"],
             &["CAP_BPF", "CAP_NET_ADMIN"],
         ),

@@ -54,21 +54,19 @@ fn prepare(node: &Path, name: &str) -> Result<File> {
     }
     let fd = file.as_raw_fd();
     // SAFETY: fd is open; TUNSETIFF reads and writes one ifreq, which outlives the call.
-    check(unsafe { libc::ioctl(fd, libc::TUNSETIFF, &raw mut request) }, "TUNSETIFF")?;
+    let result = unsafe { libc::ioctl(fd, libc::TUNSETIFF, &raw mut request) };
+    check(result, "TUNSETIFF")?;
     let header_length = HEADER_LENGTH as libc::c_int;
     // SAFETY: fd is open; TUNSETVNETHDRSZ reads one int, which outlives the call.
-    check(
-        unsafe { libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header_length) },
-        "TUNSETVNETHDRSZ",
-    )?;
+    let result = unsafe { libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header_length) };
+    check(result, "TUNSETVNETHDRSZ")?;
     // SAFETY: fd is open; TUNSETOFFLOAD takes its flags by value and no pointer.
-    check(
-        unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(OFFLOADS)) },
-        "TUNSETOFFLOAD",
-    )?;
+    let result = unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(OFFLOADS)) };
+    check(result, "TUNSETOFFLOAD")?;
     let in_flight = libc::c_int::MAX;
     // SAFETY: fd is open; TUNSETSNDBUF reads one int, which outlives the call.
-    check(unsafe { libc::ioctl(fd, libc::TUNSETSNDBUF, &raw const in_flight) }, "TUNSETSNDBUF")?;
+    let result = unsafe { libc::ioctl(fd, libc::TUNSETSNDBUF, &raw const in_flight) };
+    check(result, "TUNSETSNDBUF")?;
     Ok(file)
 }
 

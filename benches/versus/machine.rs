@@ -244,6 +244,15 @@ pub fn describe() -> Value {
         "processors": processors(),
         "memory_mib": mebibytes,
         "virtual_machine": read("/proc/cpuinfo").contains(" hypervisor"),
-        "harness_commit": option_env!("GIT_COMMIT"),
+        "commit": commit(),
     })
+}
+
+/// The commit that is measured, as far as the working folder tells.
+fn commit() -> Option<String> {
+    let output = std::process::Command::new("git")
+        .args(["describe", "--always", "--dirty"])
+        .output()
+        .ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Parser;
@@ -37,6 +38,10 @@ pub struct Options {
     /// Measure even if the machine is busy; the report then says so
     #[arg(long)]
     pub force: bool,
+    /// How long to wait for an idle machine, before the run and before each measurement; a
+    /// measurement that other work disturbs is made again, up to twice
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub patience: u64,
     /// Pin generators to CPU 0 and everything else to the other CPUs, the same for every datapath
     #[arg(long)]
     pub pin: bool,
@@ -55,6 +60,11 @@ impl Options {
     /// Rounds to run.
     pub fn rounds(&self) -> usize {
         self.rounds.unwrap_or(if self.quick { 2 } else { 5 }) as usize
+    }
+
+    /// How long to wait for an idle machine.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(if self.force { 3 } else { self.patience })
     }
 
     /// Seconds of one measuring window.

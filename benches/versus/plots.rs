@@ -494,7 +494,7 @@ fn lines_panel(area: &Area, panel: &Lines) -> Result<()> {
     if panel.logarithmic {
         draw_on!(builder.build_cartesian_2d(0.0..right, (bottom * 0.8..top * 1.2).log_scale()));
     } else {
-        draw_on!(builder.build_cartesian_2d(0.0..right * 1.05, 0.0..top * 1.1));
+        draw_on!(builder.build_cartesian_2d(-0.02 * right..right * 1.05, 0.0..top * 1.1));
     }
     Ok(())
 }

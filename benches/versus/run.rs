@@ -13,7 +13,7 @@ use super::options::Options;
 use super::peers::Peer;
 use super::plots;
 use super::report::{Measurement, Results};
-use super::workload::{Bench, Workload};
+use super::workload::{Bench, Outcome, Workload};
 
 /// The column that ratios are taken against.
 const BASE: &str = "macvtap";
@@ -57,30 +57,36 @@ pub fn run(options: &Options) -> Result<()> {
     );
     check_idle(options)?;
     let scratch = Scratch::new()?;
+    let begun = Instant::now();
+    let bench_window = Duration::from_secs_f64(options.window()?);
+    let began = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let commands: Vec<String> = datapaths.iter().map(Datapath::command).collect();
     let mut bench = Bench {
         scratch: &scratch.0,
-        window: Duration::from_secs_f64(options.window()?),
+        window: bench_window,
         warm_up: Duration::from_millis(if options.quick { 300 } else { 1000 }),
         processors,
         lossless: BTreeMap::new(),
     };
-    let begun = Instant::now();
-    let results = measure(options, &datapaths, &workloads, &mut bench)?;
     let names: Vec<String> = datapaths.iter().map(|datapath| datapath.name.clone()).collect();
+    let report = |results: &Results| {
+        let run = json!({
+            "machine": machine, "rounds": options.rounds(), "window_seconds": bench_window.as_secs_f64(),
+            "quick": options.quick, "pinned": options.pin, "forced": options.force,
+            "began_unix_seconds": began, "took_seconds": begun.elapsed().as_secs(),
+            "datapaths": names, "commands": commands, "absent": absent,
+        });
+        let report = results.to_json(run, &workloads, &names, BASE);
+        if let Some(file) = &options.json {
+            std::fs::write(file, serde_json::to_string_pretty(&report)?)
+                .with_context(|| format!("cannot write {}", file.display()))?;
+        }
+        anyhow::Ok(report)
+    };
+    let results =
+        measure(options, &datapaths, &workloads, &mut bench, |results| report(results).map(drop))?;
     println!("\n{}", results.table(&workloads, &names, BASE));
-    let run = json!({
-        "machine": machine, "rounds": options.rounds(), "window_seconds": options.window()?,
-        "quick": options.quick, "pinned": options.pin, "forced": options.force,
-        "began_unix_seconds": SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() - begun.elapsed().as_secs(),
-        "took_seconds": begun.elapsed().as_secs(), "datapaths": names,
-        "commands": datapaths.iter().map(Datapath::command).collect::<Vec<_>>(),
-        "absent": absent.into_iter().collect::<BTreeMap<_, _>>(),
-    });
-    let report = results.to_json(run, &workloads, &names, BASE);
-    if let Some(file) = &options.json {
-        std::fs::write(file, serde_json::to_string_pretty(&report)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
-    }
+    let report = report(&results)?;
     if let Some(folder) = &options.plots {
         draw(&report, folder)?;
     }
@@ -97,8 +103,11 @@ fn draw(report: &Value, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What can be compared here, and what cannot with the reason.
-fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Vec<(String, String)>)> {
+/// Datapaths that cannot run here, and why.
+type Absent = BTreeMap<String, String>;
+
+/// What can be compared here, and what cannot.
+fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Absent)> {
     let mut all = vec![Datapath::macvtap()];
     if options.daemon.is_empty() {
         all.push(Datapath::daemon(env!("CARGO_BIN_EXE_vlanswitchd"), "vlanswitchd")?);
@@ -112,11 +121,11 @@ fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Vec<(String, String)>)
     if all.iter().any(named) {
         all.retain(|datapath| datapath.name == BASE || named(datapath));
     }
-    let mut absent = Vec::new();
+    let mut absent = Absent::new();
     all.retain(|datapath| match datapath.absent() {
         None => true,
         Some(reason) => {
-            absent.push((datapath.name.clone(), reason));
+            absent.insert(datapath.name.clone(), reason);
             false
         }
     });
@@ -136,7 +145,7 @@ fn workloads(options: &Options) -> Vec<Workload> {
 
 /// Refuses to measure beside other work.
 fn check_idle(options: &Options) -> Result<()> {
-    if machine::wait_until_idle(Duration::from_secs(3))? {
+    if machine::wait_until_idle(options.patience())? {
         return Ok(());
     }
     let share = machine::busy_share(Duration::from_secs(1))? * 100.0;
@@ -144,7 +153,8 @@ fn check_idle(options: &Options) -> Result<()> {
     if !options.force {
         bail!(
             "the machine is busy: {share:.0} % of its processors are in use (limit {limit:.0} %). \
-             Stop what runs, or measure all the same with --force; such figures are not to be quoted"
+             Stop what runs, wait longer with --patience, or measure all the same with --force; \
+             such figures are not to be quoted"
         );
     }
     println!(
@@ -153,11 +163,14 @@ fn check_idle(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Makes all measurements; `after_round` gets what there is after each round, so that a long run
+/// that is cut off has not been for nothing.
 fn measure(
     options: &Options,
     datapaths: &[Datapath],
     workloads: &[Workload],
     bench: &mut Bench,
+    mut after_round: impl FnMut(&Results) -> Result<()>,
 ) -> Result<Results> {
     let mut results = Results::default();
     for workload in workloads {
@@ -169,51 +182,68 @@ fn measure(
     }
     let total = options.rounds() * (datapaths.len() * workloads.len() - results.failures.len());
     let begun = Instant::now();
-    let mut done = 0;
+    let mut done = 0_u32;
     for round in 0..options.rounds() {
         for workload in workloads {
-            let mut order: Vec<&Datapath> =
-                datapaths.iter().filter(|datapath| workload.cannot(datapath).is_none()).collect();
+            let able = datapaths.iter().filter(|datapath| workload.cannot(datapath).is_none());
+            let mut order: Vec<&Datapath> = able.collect();
             if round % 2 == 1 {
                 order.reverse();
             }
             for datapath in order {
-                let name = workload.name();
-                let left = begun.elapsed().as_secs_f64() / f64::from(done.max(1))
-                    * (total as f64 - f64::from(done));
+                let (name, datapath_name) = (workload.name(), datapath.name.clone());
+                let each = begun.elapsed().as_secs_f64() / f64::from(done.max(1));
+                let left = each * (total as f64 - f64::from(done)) / 60.0;
                 done += 1;
-                let left = if done == 1 {
-                    String::new()
-                } else {
-                    format!(" (about {:.0} min left)", left / 60.0)
-                };
-                eprintln!("[{done}/{total}] round {} {name} {}{left}", round + 1, datapath.name);
-                if !options.force && !machine::wait_until_idle(Duration::from_secs(10))? {
-                    eprintln!(
-                        "WARNING: the machine became busy; this measurement is not to be quoted"
-                    );
-                }
-                match workload.measure(datapath, bench) {
+                let left =
+                    if done == 1 { String::new() } else { format!(" (about {left:.0} min left)") };
+                eprintln!("[{done}/{total}] round {} {name} {datapath_name}{left}", round + 1);
+                match measure_undisturbed(options, *workload, datapath, bench) {
                     Ok(outcome) => {
                         if options.verbose {
                             eprintln!("    {:.3?}", outcome.figures);
                         }
+                        let datapath = datapath_name;
                         results.measurements.push(Measurement {
                             round,
                             workload: name,
-                            datapath: datapath.name.clone(),
+                            datapath,
                             outcome,
                         });
                     }
                     Err(error) => {
                         eprintln!("    failed: {error:#}");
-                        results.failures.push((name, datapath.name.clone(), format!("{error:#}")));
+                        results.failures.push((name, datapath_name, format!("{error:#}")));
                     }
                 }
             }
         }
+        after_round(&results)?;
     }
     Ok(results)
+}
+
+/// Measures when the machine is idle, and again if it did not stay so.
+fn measure_undisturbed(
+    options: &Options,
+    workload: Workload,
+    datapath: &Datapath,
+    bench: &mut Bench,
+) -> Result<Outcome> {
+    const REPEATS: u32 = 3;
+    let mut repeat = 1;
+    loop {
+        if !options.force && !machine::wait_until_idle(options.patience())? {
+            eprintln!("    WARNING: the machine became busy; this measurement is not to be quoted");
+        }
+        let outcome = workload.measure(datapath, bench)?;
+        let disturbed = outcome.figures.get("disturbed").is_some_and(|&flag| flag > 0.0);
+        if !disturbed || options.force || repeat == REPEATS {
+            return Ok(outcome);
+        }
+        repeat += 1;
+        eprintln!("    other work or the hypervisor disturbed it: measured again");
+    }
 }
 
 /// A folder for device nodes and logs that goes with the run.
