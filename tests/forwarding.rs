@@ -216,7 +216,7 @@ impl Modes {
         Frame::numbered(self.number)
     }
 
-    fn from_wire(&mut self, t: u16, rows: &[Row]) {
+    fn wire_rows(&mut self, t: u16, rows: &[Row]) {
         let mut expected: HashMap<&str, Vec<Frame>> = HashMap::new();
         for row in rows {
             let frame = self.next();
@@ -245,7 +245,7 @@ impl Modes {
         }
     }
 
-    fn from_guests(&mut self, t: u16, rows: &[Row]) {
+    fn guest_rows(&mut self, t: u16, rows: &[Row]) {
         // The order of different guests' frames on the wire is nobody's promise.
         let mut expected: HashMap<u64, Frame> = HashMap::new();
         for row in rows {
@@ -311,8 +311,8 @@ fn modes(tpid: u16) {
     let mut modes = Modes::new(tpid);
     for priority in 0..16 {
         for other in TPIDS {
-            modes.from_wire(tpid, &rows_from_wire(tpid, priority, other));
-            modes.from_guests(tpid, &rows_from_guests(tpid, priority, other));
+            modes.wire_rows(tpid, &rows_from_wire(tpid, priority, other));
+            modes.guest_rows(tpid, &rows_from_guests(tpid, priority, other));
         }
     }
     modes.finish();
