@@ -3,6 +3,7 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::indexing_slicing,
     unsafe_code,
     reason = "tests fail by panicking; a global allocator is unsafe by nature"
 )]
