@@ -1,7 +1,7 @@
 //! `vlanswitchd`: reads the command line, starts the switch, prints what it says.
 
-use anyhow::Context;
 use clap::Parser;
+use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
@@ -14,19 +14,19 @@ const WRONG_CONFIGURATION: u8 = 2;
 fn main() -> ExitCode {
     let config = match Config::try_from(Arguments::parse()) {
         Ok(config) => config,
-        Err(error) => return complain(&error.into(), WRONG_CONFIGURATION),
+        Err(error) => return complain(&error, WRONG_CONFIGURATION),
     };
     start_logging(config.log_format, config.verbosity);
     let daemon = match Daemon::start(config) {
         Ok(daemon) => daemon,
         Err(error) => {
             let status = if error.is_configuration() { WRONG_CONFIGURATION } else { 1 };
-            return complain(&error.into(), status);
+            return complain(&error, status);
         }
     };
-    match daemon.run(announce, print).context("the control loop failed") {
+    match daemon.run(announce, print) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => complain(&error, 1),
+        Err(error) => complain(&format_args!("the control loop failed: {error}"), 1),
     }
 }
 
@@ -58,7 +58,7 @@ fn print(text: &str) {
     let _ = std::io::stdout().flush();
 }
 
-fn complain(error: &anyhow::Error, status: u8) -> ExitCode {
-    eprintln!("vlanswitchd: error: {error:#}");
+fn complain(error: &dyn Display, status: u8) -> ExitCode {
+    eprintln!("vlanswitchd: error: {error}");
     ExitCode::from(status)
 }

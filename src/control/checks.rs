@@ -42,8 +42,7 @@ pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
 /// open it says little about why.
 fn check_tap(name: &str, wanted: &TapConfig) {
     let Ok(Some(tap)) = tap::settings(name) else { return };
-    let cure =
-        format!("remove it with `ip tuntap del {name} mode tap` and vlanswitchd creates it anew");
+    let cure = format!("remove it with `ip link delete {name}` and vlanswitchd creates it anew");
     if wanted.queues > 1 && !tap.multi_queue {
         warn!(
             "{name}: queues={} asks for a multiqueue tap, but it exists with one queue: {cure}",

@@ -28,6 +28,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::{debug, info, warn};
@@ -88,6 +90,8 @@ pub struct Daemon {
     unsettled: Vec<u32>,
     poll: Poll,
     signals: SignalFd,
+    /// Held for as long as the uplink is ours.
+    _claim: UnixListener,
 }
 
 impl Daemon {
@@ -100,6 +104,7 @@ impl Daemon {
         let signals = block_signals()?;
         let monitor = LinkMonitor::new()?;
         checks::devices(&config, monitor.links())?;
+        let claim = claim_uplink(&config.uplink)?;
         let probe = probe::start();
         let filter = UplinkFilter::new()?;
         for (tpid, vid) in config.table.claims() {
@@ -126,6 +131,7 @@ impl Daemon {
             unsettled: Vec::new(),
             poll: Poll::new()?,
             signals,
+            _claim: claim,
         };
         let abilities = probe.finish();
         let table = Arc::new(config.table);
@@ -300,7 +306,10 @@ impl Daemon {
         created: bool,
     ) -> Result<Prepared, StartError> {
         let found = self.host.prepare_port(&link, created)?;
-        self.unsettled.push(link.index);
+        if found.is_none() {
+            // Not those to be given back: that would take as long again when stopping.
+            self.unsettled.push(link.index);
+        }
         if let Some(port) = self.ports.get_mut(position) {
             // Held here from now on, so that it is given back whatever happens next.
             port.attached = Some(Attached { index: Some(link.index), counter: None, found });
@@ -552,6 +561,16 @@ impl Daemon {
     }
 }
 
+/// Keeps a second vlanswitchd off the uplink: each frame would arrive twice. The
+/// name is one of this network namespace, like the uplink's, and goes with us.
+fn claim_uplink(uplink: &str) -> Result<UnixListener, StartError> {
+    let address = SocketAddr::from_abstract_name(format!("vlanswitchd/{uplink}"))?;
+    UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => StartError::UplinkTaken(uplink.to_owned()),
+        _ => StartError::Control(error),
+    })
+}
+
 fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartError> {
     NetdevPort::open(link.index, options)
         .map(Device::Netdev)
@@ -560,7 +579,7 @@ fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartErr
 
 fn block_signals() -> Result<SignalFd, io::Error> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1] {
         set.add(signal);
     }
     // Before any thread starts: they inherit the mask.

@@ -68,6 +68,7 @@ pub struct FoundPort {
     index: u32,
     name: String,
     up: bool,
+    noarp: bool,
     mtu: u32,
     tap: bool,
     queueing: bool,
@@ -132,6 +133,7 @@ impl Host {
             index: link.index,
             name: link.name.clone(),
             up: link.up,
+            noarp: link.noarp,
             mtu: link.mtu,
             tap,
             queueing: false,
@@ -195,7 +197,7 @@ impl Host {
         let settings = LinkSettings {
             up: (!found.up).then_some(false),
             mtu: found.tap.then_some(found.mtu),
-            noarp: Some(false),
+            noarp: Some(found.noarp),
             ..LinkSettings::default()
         };
         tell(self.links.configure(found.index, &settings).map_err(HostError::from));

@@ -56,7 +56,6 @@ pub struct MapError {
     /// The mapping as typed.
     pub map: String,
     /// What is wrong with it and what to do.
-    #[source]
     pub problem: MapProblem,
 }
 

@@ -34,14 +34,13 @@ const CAUTIOUS: Abilities = Abilities { tagged_gso: false, udp_gso: false };
 
 /// A probe under way.
 #[derive(Debug)]
-pub struct Probe(Option<JoinHandle<Abilities>>);
+pub struct Probe(Option<JoinHandle<Result<Abilities, String>>>);
 
 /// Starts probing beside the rest of the start.
 pub fn start() -> Probe {
-    let body = || match in_private_namespace(|| try_kernel().map_err(|error| error.to_string())) {
-        Ok(Ok(abilities)) => abilities,
-        Ok(Err(error)) => cautious(&error),
-        Err(error) => cautious(&error.to_string()),
+    let body = || {
+        in_private_namespace(|| try_kernel().map_err(|error| error.to_string()))
+            .unwrap_or_else(|error| Err(error.to_string()))
     };
     Probe(std::thread::Builder::new().name("probe".into()).spawn(body).ok())
 }
@@ -49,7 +48,18 @@ pub fn start() -> Probe {
 impl Probe {
     /// Waits for the result.
     pub fn finish(self) -> Abilities {
-        let abilities = self.0.and_then(|thread| thread.join().ok()).unwrap_or(CAUTIOUS);
+        let result = self.0.map(JoinHandle::join);
+        let abilities = match result {
+            Some(Ok(Ok(abilities))) => abilities,
+            Some(Ok(Err(error))) => {
+                warn!(
+                    "tagged and UDP super-frames are segmented in userspace, which costs CPU: \
+                     whether the kernel can do it could not be tried: {error}"
+                );
+                return CAUTIOUS;
+            }
+            None | Some(Err(_)) => return CAUTIOUS,
+        };
         if !abilities.tagged_gso {
             warn!(
                 "super-frames with VLAN tags are segmented in userspace, which costs CPU: this kernel loses them"
@@ -60,11 +70,6 @@ impl Probe {
         }
         abilities
     }
-}
-
-fn cautious(reason: &str) -> Abilities {
-    warn!("cannot try what the kernel segments ({reason}): assuming nothing");
-    CAUTIOUS
 }
 
 fn try_kernel() -> Result<Abilities, Box<dyn Error>> {

@@ -20,6 +20,9 @@ pub enum StartError {
     /// The uplink carries no Ethernet frames.
     #[error("--uplink {0}: not an Ethernet device: name a NIC, bond or veth")]
     UplinkNotEthernet(String),
+    /// Another vlanswitchd has the uplink.
+    #[error("--uplink {0}: another vlanswitchd serves it; stop that one, or add the maps to it")]
+    UplinkTaken(String),
     /// A mapped device carries no Ethernet frames.
     #[error("--map {0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
     PortNotEthernet(String),

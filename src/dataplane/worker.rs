@@ -153,7 +153,7 @@ impl Worker {
             hot: Vec::with_capacity(slots.len()),
             slots,
             abilities,
-            pace: Pace::new(mode),
+            pace: Pace::new(mode, std::thread::available_parallelism().map_or(1, usize::from)),
             poll: Poll::new()?,
             events: Events::with_capacity(256),
             commands,

@@ -39,7 +39,7 @@ use thiserror::Error;
 /// Frames taken from a device, or sent to one, in one go.
 pub const BURST: usize = 64;
 /// Super-frames taken in one burst: few enough for their copies to stay in cache.
-pub const COPIES: usize = 16;
+pub const COPIES: usize = 4;
 /// Length of a ring slot in bytes: an MTU of 1500 fits with room to spare.
 pub const SLOT_LEN: usize = 2048;
 

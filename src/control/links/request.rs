@@ -192,7 +192,7 @@ impl LinkSocket {
         let found = LinkSettings {
             up: asked.up.map(|_| report.state.up),
             mtu: asked.mtu.map(|_| report.state.mtu),
-            noarp: asked.noarp.map(|_| report.noarp),
+            noarp: asked.noarp.map(|_| report.state.noarp),
             alias: asked.alias.as_ref().map(|_| report.state.alias.unwrap_or_default()),
             tx_queue_len: asked.tx_queue_len.map(|_| report.state.tx_queue_len),
             // No mode reported means no IPv6 on the device, so no address either.

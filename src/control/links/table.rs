@@ -33,6 +33,8 @@ pub struct LinkState {
     pub master: Option<u32>,
     /// Frames carry Ethernet headers (`ARPHRD_ETHER`).
     pub is_ethernet: bool,
+    /// The host does no ARP on it (`IFF_NOARP`).
+    pub noarp: bool,
     /// The description an administrator gave the device. The kernel does not
     /// notify of its change while the device is down (`netdev_state_change`,
     /// net/core/dev.c); the next notification brings it.
@@ -191,6 +193,7 @@ mod tests {
             kind: None,
             master: None,
             is_ethernet: true,
+            noarp: false,
             alias: None,
             tx_queue_len: 1000,
         }

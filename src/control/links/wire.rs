@@ -93,8 +93,6 @@ fn number(value: &[u8]) -> Option<u32> {
 pub(super) struct LinkReport {
     /// What is followed.
     pub state: LinkState,
-    /// `IFF_NOARP`.
-    pub noarp: bool,
     /// The kind of the root queueing discipline. The kernel does not notify of
     /// its changes as link changes, so it is no part of the followed state.
     pub qdisc: Option<String>,
@@ -133,10 +131,10 @@ pub(super) fn link_report(payload: &[u8]) -> Option<LinkReport> {
             kind: None,
             master: None,
             is_ethernet: header.link_layer_type == LinkLayerType::Ether,
+            noarp: header.flags.contains(LinkFlags::Noarp),
             alias: None,
             tx_queue_len: 0,
         },
-        noarp: header.flags.contains(LinkFlags::Noarp),
         qdisc: None,
         addr_gen_mode: None,
     };
@@ -255,6 +253,7 @@ mod tests {
                 kind: Some("tun".into()),
                 master: Some(3),
                 is_ethernet: true,
+                noarp: false,
                 alias: Some("web".into()),
                 tx_queue_len: 500,
             }
