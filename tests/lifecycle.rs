@@ -208,7 +208,10 @@ fn assert_counted(
     for _ in 0..50 {
         send();
     }
-    let after = daemon.until(what, |summary| flow(summary).in_frames == before.in_frames + 50);
+    let after = daemon.until(what, |summary| {
+        let now = flow(summary);
+        now.in_frames == before.in_frames + 50 && now.in_frames == now.out_frames + now.all_drops()
+    });
     let counted = flow(&after).dropped(reason) - before.dropped(reason);
     assert_eq!(counted, 50, "{what}: {:?}, before {before:?}", flow(&after));
     after.assert_conserved();

@@ -57,9 +57,16 @@ impl RawGuest {
     pub fn receive_within(&self, patience: Duration) -> Option<Vec<u8>> {
         let tap = TapFd(&self.tap);
         let mut polled = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(patience.as_millis()).expect("a short patience");
-        if poll(&mut polled, timeout).expect("poll") == 0 {
-            return None;
+        let deadline = Instant::now() + patience;
+        // The descriptor blocks, so it is read only when there is something.
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left.as_millis()).expect("a short patience");
+            match poll(&mut polled, timeout) {
+                Ok(0) => return None,
+                Ok(_) => break,
+                Err(_) => continue,
+            }
         }
         let mut bytes = vec![0; 70_000];
         let length = self.tap.recv(&mut bytes).expect("reading a tap");

@@ -7,7 +7,7 @@
 use super::{Namespace, PATIENCE};
 use nix::sys::socket::{setsockopt, sockopt};
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 
 /// Not a multiple of any segment size.
@@ -82,9 +82,12 @@ fn receive_stream(mut stream: TcpStream, bytes: u64) {
     let mut pattern = Pattern::new();
     let mut buffer = vec![0; 256 << 10];
     loop {
-        let got = stream
-            .read(&mut buffer)
-            .unwrap_or_else(|error| panic!("after {} bytes: {error}", pattern.position));
+        let got = match stream.read(&mut buffer) {
+            Ok(got) => got,
+            // A machine that was suspended meanwhile.
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => panic!("after {} bytes: {error}", pattern.position),
+        };
         if got == 0 {
             break;
         }
@@ -129,9 +132,13 @@ pub fn udp(from: &Namespace, to: &Namespace, address: &str, size: usize, calls: 
         }
         sender.send(&batch).expect("sending");
         for (number, expected) in batch.chunks(size).enumerate() {
-            let got = receiver
-                .recv(&mut buffer)
-                .unwrap_or_else(|error| panic!("call {call}, datagram {number}: {error}"));
+            let got = loop {
+                match receiver.recv(&mut buffer) {
+                    Ok(got) => break got,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => panic!("call {call}, datagram {number}: {error}"),
+                }
+            };
             assert!(buffer[..got] == *expected, "call {call}, datagram {number} differs");
         }
     }
