@@ -155,44 +155,37 @@ fn memory_and_idle_processor_time_with_1_port_and_with_100() {
         for (vid, guest) in (1..=ports).zip(&guests) {
             assert_forwards(&wire, guest, tag(0x8100, vid));
         }
-        let idle = quiet(&daemon);
         let resident = daemon.resident_bytes();
         let (busy, _) = under_traffic(&wire, Some(&guests[0]), tag(0x8100, 1), || {
             daemon.cpu_nanoseconds_in(WINDOW)
         });
         let after = daemon.resident_bytes();
-        println!(
-            "{ports} ports: resident {} KiB, under traffic {} KiB; idle {:.3} % of a core, busy {:.0} %",
-            resident >> 10,
-            after >> 10,
-            idle as f64 / 1e7,
-            busy as f64 / 1e7
-        );
+        println!("{ports} ports: resident {} KiB, then {} KiB", resident >> 10, after >> 10);
         let limit = (32 << 20) + u64::from(ports) * (4608 << 10);
         assert!(after <= limit, "{after} bytes, promised are {limit}");
-        assert!(idle * 20 < busy, "idle {idle} ns, busy {busy} ns in a second");
+        quiet(&daemon, busy, &format!("{ports} silent ports"));
         daemon.stop();
     }
 }
 
-/// Processor time in a second in which nothing happens. Once the daemon has
-/// settled: its answer to what happened before is not idling.
-fn quiet(daemon: &Daemon) -> u64 {
-    let mut last = u64::MAX;
-    eventually("the daemon calms down", || {
-        let now = daemon.cpu_nanoseconds_in(Duration::from_millis(100));
-        let settled = now <= last;
-        last = now;
-        settled.then_some(())
-    });
-    daemon.cpu_nanoseconds_in(WINDOW)
-}
-
-/// What a fault may cost, measured against work: no spinning on a device's error.
-fn assert_not_spinning(daemon: &Daemon, busy: u64, what: &str) {
-    let idle = quiet(daemon);
-    println!("{what}: {:.3} % of a core, busy {:.0} %", idle as f64 / 1e7, busy as f64 / 1e7);
-    assert!(idle * 20 < busy, "{what}: {idle} ns, busy {busy} ns in a second");
+/// Processor time in a second in which nothing happens: the first second in which it
+/// is a twentieth of `busy`, the time of a busy one. The daemon may have something to
+/// finish first; one that spins never gets there.
+fn quiet(daemon: &Daemon, busy: u64, what: &str) {
+    let mut seconds = Vec::new();
+    while seconds.len() < 10 {
+        let idle = daemon.cpu_nanoseconds_in(WINDOW);
+        seconds.push(idle);
+        if idle * 20 < busy {
+            println!(
+                "{what}: {:.3} % of a core, busy {:.0} %",
+                idle as f64 / 1e7,
+                busy as f64 / 1e7
+            );
+            return;
+        }
+    }
+    panic!("{what}: {seconds:?} ns in each second, busy {busy}");
 }
 
 /// Frames sent while a device is away are counted under `reason`, whatever else
@@ -246,7 +239,7 @@ fn a_tap_that_goes_and_comes_back() {
 
     state(&daemon, "t0", "absent");
     absent("not there yet");
-    assert_not_spinning(&daemon, busy, "tap not there yet");
+    quiet(&daemon, busy, "tap not there yet");
     // A tap made by the VMM, as libvirt's managed='yes' does: gone with its fd.
     for _ in 0..3 {
         let guest = lab.raw_guest("t0");
@@ -256,7 +249,7 @@ fn a_tap_that_goes_and_comes_back() {
         state(&daemon, "t0", "absent");
         absent("deleted");
     }
-    assert_not_spinning(&daemon, busy, "tap deleted");
+    quiet(&daemon, busy, "tap deleted");
     // A persistent one stays and loses its carrier.
     let persistent = lab.host.enter(|| open_tap("t0", 0, 0)).unwrap();
     set_persistent(&persistent, true).unwrap();
@@ -264,7 +257,7 @@ fn a_tap_that_goes_and_comes_back() {
     drop(persistent);
     state(&daemon, "t0", "no_carrier");
     absent("without a VMM");
-    assert_not_spinning(&daemon, busy, "tap without a VMM");
+    quiet(&daemon, busy, "tap without a VMM");
     let guest = lab.raw_guest("t0");
     daemon.attached(&["t0"]);
     assert_forwards(&wire, &guest, C101);
@@ -272,7 +265,7 @@ fn a_tap_that_goes_and_comes_back() {
     lab.host.ip("link set t0 down");
     state(&daemon, "t0", "down");
     absent("down");
-    assert_not_spinning(&daemon, busy, "tap down");
+    quiet(&daemon, busy, "tap down");
     lab.host.ip("link set t0 up");
     daemon.attached(&["t0"]);
     assert_forwards(&wire, &guest, C101);
@@ -363,7 +356,7 @@ fn an_uplink_that_goes_and_comes_back() {
     lab.host.ip("link set up0 down");
     uplink(&daemon, "down");
     down("uplink down");
-    assert_not_spinning(&daemon, busy, "uplink down");
+    quiet(&daemon, busy, "uplink down");
     lab.host.ip("link set up0 up");
     uplink(&daemon, "up");
     forwards(&wire);
@@ -375,7 +368,7 @@ fn an_uplink_that_goes_and_comes_back() {
     });
     daemon.until("the uplink is not up", |summary| summary.uplink_state != "up");
     down("uplink without carrier");
-    assert_not_spinning(&daemon, busy, "uplink without carrier");
+    quiet(&daemon, busy, "uplink without carrier");
     lab.far.ip("link set far0 up");
     uplink(&daemon, "up");
     forwards(&wire);
@@ -391,7 +384,7 @@ fn an_uplink_that_goes_and_comes_back() {
     }
     lab.host.ip("link del up0");
     uplink(&daemon, "absent");
-    assert_not_spinning(&daemon, busy, "uplink deleted");
+    quiet(&daemon, busy, "uplink deleted");
     daemon.stop();
 }
 
@@ -531,8 +524,8 @@ fn counters_on_request_as_text_and_as_json() {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn every_way_of_polling_forwards() {
-    let mut idle = Vec::new();
-    for poll in ["adaptive", "busy", "sleep"] {
+    let mut burnt = u64::MAX;
+    for poll in ["busy", "adaptive", "sleep"] {
         let lab = Lab::new();
         let daemon = lab.daemon(&["--map", "101=t0", "--poll", poll]);
         let guest = lab.raw_guest("t0");
@@ -541,16 +534,11 @@ fn every_way_of_polling_forwards() {
         for _ in 0..20 {
             assert_forwards(&wire, &guest, C101);
         }
-        idle.push(quiet_or_busy(&daemon, poll));
+        if poll == "busy" {
+            burnt = daemon.cpu_nanoseconds_in(WINDOW);
+        } else {
+            quiet(&daemon, burnt, poll);
+        }
         daemon.stop();
     }
-    println!("idle, in ns a second: adaptive, busy, sleep: {idle:?}");
-    assert!(idle[0] * 5 < idle[1] && idle[2] * 5 < idle[1], "{idle:?}");
-}
-
-fn quiet_or_busy(daemon: &Daemon, poll: &str) -> u64 {
-    if poll == "busy" {
-        return daemon.cpu_nanoseconds_in(WINDOW);
-    }
-    quiet(daemon)
 }
