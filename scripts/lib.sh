@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # Common parts of the scripts here; to be sourced (POSIX sh).
 
 say() {
