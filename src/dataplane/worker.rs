@@ -313,6 +313,7 @@ impl Worker {
                     (Some(port), self.slots.get(port).and_then(|slot| slot.device.as_deref()))
                 }
             };
+            // A pending error would be the answer to the next read of a super-frame.
             if event.is_error()
                 && let Some(device) = device
             {
@@ -329,7 +330,7 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Attach(port, device) => self.attach(port, device),
-                Command::Detach(port) => self.detach(port),
+                Command::Detach(port) => self.detach(port, Instant::now() + DRAIN_TIME),
                 Command::Stop => {
                     self.stop();
                     return ControlFlow::Break(());
@@ -342,7 +343,7 @@ impl Worker {
     /// Takes a device into the loop; gives it back with the error if it cannot be
     /// polled.
     pub fn attach(&mut self, port: Option<PortIndex>, device: Box<Device>) {
-        self.detach(port);
+        self.detach(port, Instant::now());
         let token = port.map_or(UPLINK, Token);
         let registered = device.poll_fd().map_or(Ok(()), |fd| {
             self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
@@ -363,15 +364,19 @@ impl Worker {
         }
     }
 
-    /// Forwards what the device has already received and gives it back.
-    fn detach(&mut self, port: Option<PortIndex>) {
-        let now = Instant::now();
-        while now.elapsed() < DRAIN_TIME
-            && match port {
+    /// Forwards what the device has already received, until the deadline, and gives
+    /// it back.
+    fn detach(&mut self, port: Option<PortIndex>, deadline: Instant) {
+        loop {
+            let now = Instant::now();
+            let moved = match port {
                 None => self.serve_uplink(now),
                 Some(port) => self.serve_guest(port, now),
+            };
+            if !moved || now >= deadline {
+                break;
             }
-        {}
+        }
         let device = match port {
             None => self.uplink.take(),
             Some(port) => self.slots.get_mut(port).and_then(|slot| slot.device.take()),
@@ -385,10 +390,10 @@ impl Worker {
     }
 
     fn stop(&mut self) {
-        let start = Instant::now();
-        while start.elapsed() < DRAIN_TIME && self.round(Instant::now()) {}
+        let deadline = Instant::now() + DRAIN_TIME;
+        while Instant::now() < deadline && self.round(Instant::now()) {}
         for port in (0..self.slots.len()).map(Some).chain([None]) {
-            self.detach(port);
+            self.detach(port, deadline);
         }
     }
 }
