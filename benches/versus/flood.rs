@@ -196,7 +196,7 @@ pub fn throughput(
             ("lossless_mpps", lossless / 1e6),
             ("generator_bound", f64::from(u8::from(generator_bound))),
             ("peak_mpps", peak),
-            ("offered_at_3x_mpps", at_three.offered / 1e6),
+            ("load_reached_at_3x", at_three.offered / lossless),
             ("share_of_peak_at_3x", at_three.delivered / 1e6 / peak),
         ],
         &sample.usage()?,

@@ -11,6 +11,7 @@ pub mod namespace;
 pub mod options;
 pub mod peers;
 pub mod plots;
+pub mod promises;
 pub mod report;
 pub mod round_trip;
 pub mod run;

@@ -28,9 +28,12 @@ pub struct Options {
     /// Write SVG plots into this folder
     #[arg(long, value_name = "DIR")]
     pub plots: Option<PathBuf>,
-    /// Draw the plots of an earlier --json file and exit; measures nothing
-    #[arg(long, value_name = "FILE", requires = "plots")]
-    pub replot: Option<PathBuf>,
+    /// Write the promises with what was measured as a Markdown table to this file
+    #[arg(long, value_name = "FILE")]
+    pub markdown: Option<PathBuf>,
+    /// Report on an earlier --json file again instead of measuring
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<PathBuf>,
     /// A column for this daemon command instead of the one just built, as [LABEL=]PATH [ARGS...];
     /// repeatable, for comparing builds or settings with each other
     #[arg(long, value_name = "COMMAND")]

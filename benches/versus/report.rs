@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::statistics::{Spread, spread};
@@ -30,6 +31,43 @@ pub struct Results {
 }
 
 impl Results {
+    /// What an earlier run wrote by [`Results::to_json`].
+    pub fn from_json(report: &Value) -> Result<Self> {
+        let list = |name| {
+            report.get(name).and_then(Value::as_array).with_context(|| format!("no {name} in it"))
+        };
+        let text = |value: &Value, name: &str| {
+            value
+                .get(name)
+                .and_then(Value::as_str)
+                .map(String::from)
+                .with_context(|| format!("no {name} in it"))
+        };
+        let mut results = Self::default();
+        for made in list("measurements")? {
+            let figures =
+                made.get("figures").and_then(Value::as_object).context("no figures in it")?;
+            let figures =
+                figures.iter().filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)));
+            results.measurements.push(Measurement {
+                round: made.get("round").and_then(Value::as_u64).context("no round in it")?
+                    as usize,
+                workload: text(made, "workload")?,
+                datapath: text(made, "datapath")?,
+                // The curves are drawn from the JSON itself.
+                outcome: Outcome { figures: figures.collect(), ..Outcome::default() },
+            });
+        }
+        for failure in list("failures")? {
+            results.failures.push((
+                text(failure, "workload")?,
+                text(failure, "datapath")?,
+                text(failure, "reason")?,
+            ));
+        }
+        Ok(results)
+    }
+
     fn by_round(&self, workload: &str, datapath: &str, figure: &str) -> BTreeMap<usize, f64> {
         self.measurements
             .iter()

@@ -12,6 +12,7 @@ use super::machine::{self, BUSY_LIMIT, Processors};
 use super::options::Options;
 use super::peers::Peer;
 use super::plots;
+use super::promises;
 use super::report::{Measurement, Results};
 use super::workload::{Bench, Outcome, Workload};
 
@@ -20,10 +21,9 @@ const BASE: &str = "macvtap";
 
 /// Does what the command line asks for.
 pub fn run(options: &Options) -> Result<()> {
-    if let (Some(file), Some(folder)) = (&options.replot, &options.plots) {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read {}", file.display()))?;
-        return draw(&serde_json::from_str(&text)?, folder);
+    if let Some(file) = &options.from {
+        return report_again(options, file)
+            .with_context(|| format!("cannot use {}", file.display()));
     }
     if !nix::unistd::geteuid().is_root() {
         bail!("needs root: it makes network namespaces, taps and packet sockets");
@@ -85,20 +85,35 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let results =
         measure(options, &datapaths, &workloads, &mut bench, |results| report(results).map(drop))?;
-    println!("\n{}", results.table(&workloads, &names, BASE));
-    let report = report(&results)?;
-    if let Some(folder) = &options.plots {
-        draw(&report, folder)?;
-    }
+    show(options, &report(&results)?, &results, &names)?;
     if results.measurements.is_empty() {
         bail!("nothing was measured");
     }
     Ok(())
 }
 
-fn draw(report: &Value, folder: &Path) -> Result<()> {
-    for file in plots::draw(report, folder)? {
-        println!("plot {}", folder.join(file).display());
+/// What an earlier run found.
+fn report_again(options: &Options, file: &Path) -> Result<()> {
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(file)?)?;
+    let results = Results::from_json(&report)?;
+    let names =
+        report.pointer("/run/datapaths").and_then(Value::as_array).context("no datapaths in it")?;
+    let names: Vec<String> = names.iter().filter_map(Value::as_str).map(String::from).collect();
+    show(options, &report, &results, &names)
+}
+
+/// Table, promises, plots.
+fn show(options: &Options, report: &Value, results: &Results, names: &[String]) -> Result<()> {
+    println!("\n{}", results.table(&Workload::all(), names, BASE));
+    print!("{}", promises::verdicts(results));
+    if let Some(file) = &options.markdown {
+        std::fs::write(file, promises::markdown(report, results))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if let Some(folder) = &options.plots {
+        for file in plots::draw(report, folder)? {
+            println!("plot {}", folder.join(file).display());
+        }
     }
     Ok(())
 }
