@@ -163,7 +163,10 @@ impl Results {
     fn cell(&self, workload: Workload, datapath: &str, base: &str, figure: &str) -> Option<String> {
         let median = self.spread(&workload.name(), datapath, figure)?.median;
         let digits = if median >= 100.0 { 0 } else { 3 };
-        let ratio = self.ratio(workload, datapath, base, figure).filter(|_| datapath != base);
+        // A flag, and what a generator could do, are nobody's merit.
+        let comparable =
+            datapath != base && !["generator_bound", "load_reached_at_3x"].contains(&figure);
+        let ratio = self.ratio(workload, datapath, base, figure).filter(|_| comparable);
         Some(ratio.map_or_else(
             || format!("{median:.digits$}"),
             |ratio| {

@@ -182,9 +182,13 @@ impl Workload {
     pub fn headline(self) -> &'static [(&'static str, bool)] {
         match self {
             Self::Flood { .. } => &[("delivered_mpps", true), ("busy_ns_per_frame", false)],
-            Self::Throughput { .. } => {
-                &[("lossless_mpps", true), ("peak_mpps", true), ("share_of_peak_at_3x", true)]
-            }
+            Self::Throughput { .. } => &[
+                ("lossless_mpps", true),
+                ("generator_bound", false),
+                ("peak_mpps", true),
+                ("share_of_peak_at_3x", true),
+                ("load_reached_at_3x", true),
+            ],
             Self::Tcp { .. } => &[("gbit_per_s", true), ("busy_ns_per_kibibyte", false)],
             Self::RoundTrip { .. } => {
                 &[("mean_us", false), ("p50_us", false), ("p99_us", false), ("p999_us", false)]
