@@ -178,14 +178,14 @@ fn check_idle(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Makes all measurements; `after_round` gets what there is after each round, so that a long run
+/// Makes all measurements; `after_each` gets what there is so far, so that a long run
 /// that is cut off has not been for nothing.
 fn measure(
     options: &Options,
     datapaths: &[Datapath],
     workloads: &[Workload],
     bench: &mut Bench,
-    mut after_round: impl FnMut(&Results) -> Result<()>,
+    mut after_each: impl FnMut(&Results) -> Result<()>,
 ) -> Result<Results> {
     let mut results = Results::default();
     for workload in workloads {
@@ -231,9 +231,9 @@ fn measure(
                         results.failures.push((name, datapath_name, format!("{error:#}")));
                     }
                 }
+                after_each(&results)?;
             }
         }
-        after_round(&results)?;
     }
     Ok(results)
 }
