@@ -6,8 +6,8 @@ use crate::sys::packet::{PacketError, Receiver, ReceiverOptions, Transmitter};
 
 /// Slots in the uplink's ring: 8 MiB, a few milliseconds of small frames.
 const UPLINK_SLOTS: usize = 4096;
-/// Slots in a port's ring: 4 MiB. A quarter of it costs a fifth of what a flooding
-/// guest gets through (docs/performance.md).
+/// Slots in a port's ring: 4 MiB. With half of it a flooding guest got a fifth less
+/// through than with twice as much (docs/performance.md).
 const PORT_SLOTS: usize = 2048;
 /// Super-frames waiting for the uplink's reader, bytes.
 const UPLINK_COPY_QUEUE: usize = 64 << 20;
