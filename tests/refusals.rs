@@ -299,6 +299,20 @@ fn without_privileges_the_missing_capability_and_the_cure_are_named() {
     }
 }
 
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn too_few_open_files_are_told_before_anything_is_changed() {
+    let lab = Lab::new();
+    let published = Published::new();
+    let before = lab.host.snapshot();
+    let arguments = ["--uplink", "up0", "--map", "101=t0", "--map", "102=t1"];
+    let wrapper = ["prlimit", "--nofile=40:40"];
+    let failure = Failure::of_program(&lab.host, &wrapper, &published.path(), &arguments);
+    assert_refused(&failure, FAILED, &arguments, &["open files", "40", "LimitNOFILE="]);
+    assert_one_line(&failure, &arguments);
+    lab::assert_same(&before, &lab.host.snapshot());
+}
+
 /// And with exactly those it works for anybody.
 #[test]
 #[ignore = "needs root: makes network namespaces and becomes another user"]

@@ -6,6 +6,8 @@ use crate::control::mapping::{DeviceKind, TapConfig, is_reserved};
 use crate::control::mtu;
 use crate::control::start_error::StartError;
 use crate::sys::tap;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::io;
 use tracing::{info, warn};
 
 /// Refuses what cannot work, warns about what may not, and changes nothing.
@@ -36,6 +38,22 @@ pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
         }
     }
     Ok(())
+}
+
+/// Raises the soft limit of open files to the hard one, as far as this process may,
+/// and checks that it is enough.
+///
+/// # Errors
+/// [`StartError::FileLimit`].
+pub fn file_limit(ports: usize) -> Result<(), StartError> {
+    /// A receiving and a sending socket, and a handle to the former's counts.
+    const FILES_PER_PORT: u64 = 3;
+    /// The uplink, maps, programs, netlink, epoll, and what the probe uses.
+    const FILES_BESIDES: u64 = 64;
+    let needed = ports as u64 * FILES_PER_PORT + FILES_BESIDES;
+    let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE).map_err(io::Error::from)?;
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).map_err(io::Error::from)?;
+    if limit < needed { Err(StartError::FileLimit { ports, needed, limit }) } else { Ok(()) }
 }
 
 /// Compares a tap that exists with the one we would have created: a VMM that cannot

@@ -101,6 +101,7 @@ impl Daemon {
     /// [`StartError`]; everything is then as it was before.
     pub fn start(config: Config) -> Result<Self, StartError> {
         privileges::check()?;
+        checks::file_limit(config.ports.len())?;
         let signals = block_signals()?;
         let monitor = LinkMonitor::new()?;
         checks::devices(&config, monitor.links())?;

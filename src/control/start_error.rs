@@ -23,6 +23,19 @@ pub enum StartError {
     /// Another vlanswitchd has the uplink.
     #[error("--uplink {0}: another vlanswitchd serves it; stop that one, or add the maps to it")]
     UplinkTaken(String),
+    /// Too few file descriptors.
+    #[error(
+        "{ports} ports take {needed} open files, and the limit is {limit}: raise it with \
+         `ulimit -Hn {needed}`, or LimitNOFILE= in the service"
+    )]
+    FileLimit {
+        /// How many ports are configured.
+        ports: usize,
+        /// What they take, and the rest of the switch.
+        needed: u64,
+        /// The hard limit.
+        limit: u64,
+    },
     /// A mapped device carries no Ethernet frames.
     #[error("--map {0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
     PortNotEthernet(String),
@@ -98,5 +111,28 @@ fn packet_cure(error: &PacketError) -> &'static str {
             ": this kernel lacks the feature; vlanswitchd needs Linux 5.10 or newer with CONFIG_PACKET"
         }
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The faults no test can make the kernel produce on demand.
+    #[test]
+    fn refused_sockets_and_rings_name_the_cure() {
+        for (step, errno, cure) in [
+            ("allocate the receive ring", Errno::ENOMEM, "raise the memory limit"),
+            ("open a packet socket", Errno::EMFILE, "raise the limit of open files"),
+            ("open a packet socket", Errno::EPERM, "CAP_NET_RAW is missing"),
+            ("ask for virtio headers", Errno::ENOPROTOOPT, "needs Linux 5.10 or newer"),
+        ] {
+            let source = PacketError { step, errno };
+            let error = StartError::Packet { name: "eth0".into(), source };
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("eth0: cannot {step}: ")), "{text}");
+            assert!(text.contains(cure), "{text}");
+            assert!(!error.is_configuration());
+        }
     }
 }
