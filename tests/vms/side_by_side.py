@@ -119,6 +119,8 @@ def try_all(lab, agent):
     far.call("send_frame", device=device, frame=frame)
     results["LLDP from the switch"] = (len(agent.call("watched", name="lldp", frame=frame, patience=2)), 1)
     agent.run(f"ip link set eth0 down; ip link set eth0 address {OTHER_MAC}; ip link set eth0 up")
+    # The NIC takes seconds to find its link again.
+    agent.run("until [ $(cat /sys/class/net/eth0/operstate) = up ]; do sleep 0.1; done")
     reached("IPv4 ping after a MAC change in the guest", guest_address(4, VID))
     return results
 
