@@ -161,6 +161,22 @@ fn stack() -> impl Strategy<Value = Vec<Wire>> {
     proptest::collection::vec((any_tpid(), vid, 0..16u16), 0..4)
 }
 
+/// A port and a frame that has a fair chance to be the port's: half of them start
+/// with the port's own tags.
+fn port_and_stack() -> impl Strategy<Value = (Port, Vec<Wire>)> {
+    (port(), stack(), any::<prop::sample::Index>(), 0..16u16, any::<bool>()).prop_map(
+        |(port, mut tags, index, priority, own)| {
+            if own && port.vlans != [0] {
+                let vid = *index.get(&port.vlans);
+                let inner = port.inner.map(|(tpid, vid)| (tpid, vid, priority));
+                let head = [Some((port.tpid, vid, priority)), inner];
+                tags = head.into_iter().flatten().chain(tags).take(3).collect();
+            }
+            (port, tags)
+        },
+    )
+}
+
 /// A frame with these tags as the kernel hands it over: a C- or S-tag outside is
 /// stripped, every other stays in the bytes.
 fn received(tags: &[Wire]) -> (Option<Tag>, Vec<u8>) {
@@ -199,7 +215,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
     #[test]
-    fn frames_from_the_uplink_follow_the_table(port in port(), tags in stack()) {
+    fn frames_from_the_uplink_follow_the_table((port, tags) in port_and_stack()) {
         let table = Table::compile([&port.membership()]).unwrap();
         let (stripped, frame) = received(&tags);
         let verdict = table.decide_from_uplink(&TagStack::read(stripped, &frame).unwrap());
@@ -216,7 +232,7 @@ proptest! {
     }
 
     #[test]
-    fn frames_from_the_guest_follow_the_table(port in port(), tags in stack()) {
+    fn frames_from_the_guest_follow_the_table((port, tags) in port_and_stack()) {
         let table = Table::compile([&port.membership()]).unwrap();
         let (stripped, frame) = received(&tags);
         let verdict = table.decide_from_guest(0, &TagStack::read(stripped, &frame).unwrap());
@@ -232,7 +248,7 @@ proptest! {
     /// Whatever a guest sends comes out in a VLAN of its own port: no port can
     /// reach another port's VLAN.
     #[test]
-    fn a_guest_stays_in_its_vlans(port in port(), tags in stack()) {
+    fn a_guest_stays_in_its_vlans((port, tags) in port_and_stack()) {
         let membership = port.membership();
         let table = Table::compile([&membership]).unwrap();
         let (stripped, frame) = received(&tags);
@@ -339,5 +355,27 @@ fn truncated_frames_are_not_read() {
         let read = TagStack::read(None, &frame[..length]);
         // Two tags and the EtherType behind them end at byte 22.
         assert_eq!(read.is_ok(), length >= 22, "length {length}");
+    }
+}
+
+#[test]
+fn each_outer_vlan_has_inner_ones_of_its_own() {
+    let pair = |outer, inner| Port { inner: Some((0x8100, inner)), ..one(outer) }.membership();
+    let ports = [pair(101, 20), pair(102, 20), pair(101, 21), pair(103, 22)];
+    let table = Table::compile(&ports).unwrap();
+    for (outer, inner, expected) in [
+        (101, 20, Some(0)),
+        (102, 20, Some(1)),
+        (101, 21, Some(2)),
+        (103, 22, Some(3)),
+        (102, 21, None),
+        (103, 20, None),
+    ] {
+        let frame = wire(&[(0x8100, outer, 0), (0x8100, inner, 0)]);
+        let found = match table.decide_from_uplink(&TagStack::read(None, &frame).unwrap()) {
+            UplinkVerdict::Forward { port, .. } => Some(port),
+            _ => None,
+        };
+        assert_eq!(found, expected, "{outer}.{inner}");
     }
 }
