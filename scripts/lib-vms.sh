@@ -1,25 +1,14 @@
-# What scripts with real guests share; to be sourced, from the repository's root.
+# shellcheck shell=sh
+# What the scripts with real guests share; to be sourced from the repository's root,
+# after lib.sh.
 
-VMS_PACKAGES='busybox-static cpio ethtool iproute2 kmod libvirt-clients libvirt-daemon-system
-openvswitch-switch python3 qemu-system-x86 util-linux'
-
-need_root() {
-    [ "$(id -u)" -eq 0 ] && return
-    echo "$0: needs root, for network namespaces and taps" >&2
-    exit 1
-}
-
-# Installs what is missing, and nothing that would bring a daemon's configuration along.
-need_packages() {
-    missing=
-    for package in $VMS_PACKAGES; do
-        [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null)" = 'ii ' ] || missing="$missing $package"
-    done
-    # The guest's kernel comes from the lists as well, though it is never installed.
+# Checks that guests can run here, and installs what they need.
+prepare_guests() {
+    has_namespaces || die 'needs root, with network namespaces'
+    need ip:iproute2 ethtool:ethtool setpriv:util-linux depmod:kmod cpio:cpio busybox:busybox-static dash:dash \
+        /usr/bin/python3:python3 qemu-system-x86_64:qemu-system-x86 ovs-vswitchd:openvswitch-switch "$@" ||
+        die 'cannot install what guests need'
+    # The guest's kernel comes from the same lists, though it is never installed.
     apt-cache show linux-image-amd64 >/dev/null 2>&1 || apt-get -qq update
-    [ -n "$missing" ] || return 0
-    echo "installing$missing" >&2
-    apt-get -qq update
-    # shellcheck disable=SC2086 # a list
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $missing >/dev/null
+    [ -n "${VLANSWITCHD:-}" ] || cargo build --release --quiet || die 'cannot build vlanswitchd'
 }

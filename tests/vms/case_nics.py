@@ -4,14 +4,12 @@ One guest for each, on a tap that vlanswitchd made and QEMU opens by name. The f
 is an access port of Open vSwitch, so each answer proves the tag on the wire.
 """
 
-import unittest
-
+from checks import Checks
 from guest import MAC, Guest, tap_devices
-from lab import Daemon, LabError, far_address, guest_address, shared
+from lab import Daemon, shared
 
 TAP = "tap-web1"
 GROUPS = 100
-TCP_LENGTH = 1 << 20
 LLDP_ADDRESS, ETH_P_LLDP, ETH_P_IPV6 = "0180c200000e", 0x88CC, 0x86DD
 NO_OFFLOADS = "," + ",".join(
     f"{feature}=off"
@@ -31,13 +29,11 @@ class NicCase:
 
     @classmethod
     def setUpClass(cls):
-        cls.lab = shared()
         cls.daemon = None
         cls.addClassCleanup(cls.end)
         cls.tunnel()
-        cls.guest = Guest(cls.lab, tap_devices(TAP, cls.model, device=cls.device))
+        cls.guest = Guest(shared(), tap_devices(TAP, cls.model, device=cls.device))
         cls.agent = cls.guest.ready()
-        cls.configure("eth0", "101")
 
     @classmethod
     def end(cls):
@@ -45,66 +41,33 @@ class NicCase:
             cls.daemon.kill()
         if hasattr(cls, "guest"):
             cls.guest.close()
-        cls.lab.host.ip("link", "del", TAP, check=False)
+        shared().host.ip("link", "del", TAP, check=False)
 
     @classmethod
     def tunnel(cls):
-        cls.serve(f"101={TAP}", "--set-uplink-mtu")
+        cls.carry(f"101={TAP}", "--set-uplink-mtu")
 
     @classmethod
-    def serve(cls, mapping, *options):
+    def carry(cls, mapping, *options):
         """Has the daemon carry this; the guest stays."""
         if cls.daemon:
             cls.daemon.stop()
-        cls.lab.switch.forget()
-        cls.daemon = Daemon(cls.lab.host, "--map", mapping, *options)
-
-    @classmethod
-    def configure(cls, device, label):
-        """Sets a device of the guest up, with its addresses."""
-        cls.agent.run(
-            f"ip link set {device} up; ip address flush dev {device};"
-            f"ip address add {guest_address(4, label)}/24 dev {device};"
-            f"ip address add {guest_address(6, label)}/64 dev {device} nodad"
-        )
+        shared().switch.forget()
+        cls.daemon = Daemon(shared().host, "--map", mapping, *options)
 
     def setUp(self):
         for name, why in self.lacks.items():
             if self.id().endswith(name):
                 self.skipTest(why)
-
-    def both_ways(self, label, mtu=1500):
-        """Pings small and full-size, each from scratch, from both ends, by both families."""
-        far, agent = self.lab.far, self.agent
-        for family, headers in ((4, 28), (6, 48)):
-            far_side, guest_side = far_address(family, label), guest_address(family, label)
-            for size in (56, mtu - headers):
-                with self.subTest(family=family, size=size):
-                    far.run(f"ip neighbour flush dev v{label}")
-                    far.call("ping", address=guest_side, size=size)
-                    agent.run("ip neighbour flush all")
-                    agent.call("ping", address=far_side, size=size)
-
-    def tcp(self, label):
-        """A stream each way, compared by its digest."""
-        for family in (4, 6):
-            for sender, receiver, address in (
-                (self.lab.far, self.agent, guest_address(family, label)),
-                (self.agent, self.lab.far, far_address(family, label)),
-            ):
-                with self.subTest(family=family, sender=sender.name):
-                    receiver.call("tcp_listen", name="tcp", address=address, port=5001)
-                    receiving = receiver.start("tcp_receive", name="tcp")
-                    sent = sender.call("tcp_send", address=address, port=5001, length=TCP_LENGTH)
-                    self.assertEqual(receiver.result(receiving), sent)
+        self.configure()
 
     def test_ping(self):
-        self.both_ways("101")
+        self.both_ways()
 
     def test_link_local_neighbour_discovery(self):
         """By the address whose solicited-node group comes from the MAC address."""
         far = self.lab.far
-        self.agent.run("ip address show dev eth0 | grep -q fe80 || ip address add fe80::2/64 dev eth0 nodad")
+        self.agent.run("until ip -6 address show dev eth0 scope link | grep -q fe80; do sleep 0.1; done")
         shown = self.agent.run("ip -6 -oneline address show dev eth0 scope link").split()
         link_local = next(word for word in shown if word.startswith("fe80")).split("/")[0]
         far.run("ip neighbour flush dev v101")
@@ -149,19 +112,18 @@ class NicCase:
         # on its way up what it was told while it was down.
         live = "ip link set eth0 address {0} 2>/dev/null"
         change = f"{live} || {{{{ ip link set eth0 down; {live}; }}}}"
-        self.addCleanup(self.configure, "eth0", "101")
         self.addCleanup(self.agent.run, change.format(MAC))
         self.agent.run(change.format("02:00:5e:10:20:30"))
-        self.configure("eth0", "101")
-        self.both_ways("101")
+        self.configure()
+        self.both_ways()
 
     def test_tcp(self):
-        self.tcp("101")
+        self.tcp()
 
     def test_a_vlan_device_in_the_guest_through_a_tunnel(self):
         """QinQ to the switch's dot1q-tunnel port, at full MTU."""
         self.addCleanup(self.tunnel)
-        self.serve(f"103={TAP}", "--set-uplink-mtu")
+        self.carry(f"103={TAP}", "--set-uplink-mtu")
         self.daemon.attached(TAP)
         self.vlan_device("5", "103q")
         self.both_ways("103q")
@@ -170,7 +132,7 @@ class NicCase:
     def test_vlan_devices_in_the_guest_through_a_trunk(self):
         """The daemon is replaced meanwhile; the guest does not notice."""
         self.addCleanup(self.tunnel)
-        self.serve(f"200-210={TAP}")
+        self.carry(f"200-210={TAP}")
         self.daemon.attached(TAP)
         for label in ("200", "201"):
             self.vlan_device(label, label)
@@ -190,9 +152,9 @@ class NicCase:
         ).split()
         driver, name = bus
         self.agent.run(f"echo {name} > {driver}/unbind; echo {name} > {driver}/bind")
-        self.configure("eth0", "101")
-        self.both_ways("101")
-        self.tcp("101")
+        self.configure()
+        self.both_ways()
+        self.tcp()
 
 
 def mld_groups(frames):
@@ -210,7 +172,7 @@ def mld_groups(frames):
 
 
 def nic(name, model, device="", **more):
-    return type(name, (NicCase, unittest.TestCase), {"model": model, "device": device, "__module__": __name__, **more})
+    return type(name, (NicCase, Checks), {"model": model, "device": device, "__module__": __name__, **more})
 
 
 VirtioNet = nic("VirtioNet", "virtio-net-pci")

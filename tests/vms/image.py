@@ -88,8 +88,9 @@ def with_dependencies(modules):
 
 
 def libraries(program):
-    """The shared libraries a program asks for, its loader included."""
-    return re.findall(r"(/\S+) \(0x", output("ldd", program))
+    """The shared libraries a program asks for, its loader included; none if it is static."""
+    listing = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
+    return re.findall(r"(/\S+) \(0x", listing)
 
 
 def python_modules():
@@ -145,7 +146,7 @@ def initrd():
     modules = pathlib.Path("lib/modules") / release(folder)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         tree = Tree(scratch)
-        tree.copy("/bin/busybox")
+        tree.program("/bin/busybox")
         for applet in output("/bin/busybox", "--list").split():
             # Its shell would prefer its own `ip` to iproute2's.
             if applet not in ("busybox", "ip", "sh"):
