@@ -20,12 +20,10 @@ NO_OFFLOADS = "," + ",".join(
 )
 
 
-class NicCase:
-    """What must work with any NIC."""
+class WithGuest:
+    """One guest for all tests of a class, and a daemon that may change under it."""
 
     device = ""
-    #: Of what the NIC or its driver cannot do, with or without a switch: why.
-    lacks = {}
 
     @classmethod
     def setUpClass(cls):
@@ -54,6 +52,18 @@ class NicCase:
             cls.daemon.stop()
         shared().switch.forget()
         cls.daemon = Daemon(shared().host, "--map", mapping, *options)
+
+    def vlan_device(self, vid, label):
+        self.agent.run(f"ip link add link eth0 name eth0.{vid} type vlan id {vid}")
+        self.addCleanup(self.agent.run, f"ip link del eth0.{vid}")
+        self.configure(f"eth0.{vid}", label)
+
+
+class NicCase(WithGuest):
+    """What must work with any NIC."""
+
+    #: Of what the NIC or its driver cannot do, with or without a switch: why.
+    lacks = {}
 
     def setUp(self):
         for name, why in self.lacks.items():
@@ -139,11 +149,6 @@ class NicCase:
             self.both_ways(label)
         self.tcp("201")
 
-    def vlan_device(self, vid, label):
-        self.agent.run(f"ip link add link eth0 name eth0.{vid} type vlan id {vid}")
-        self.addCleanup(self.agent.run, f"ip link del eth0.{vid}")
-        self.configure(f"eth0.{vid}", label)
-
     def test_the_driver_is_reset(self):
         """Offloads go off and on while the port is attached."""
         device = "/sys/class/net/eth0/device"
@@ -195,3 +200,32 @@ I82557b = nic(
     "I82557b", "i82557b",
     lacks=dict.fromkeys(("through_a_tunnel", "through_a_trunk"), "the driver refuses VLAN devices on this chip"),
 )
+
+
+class TagsOnTheWire(WithGuest, Checks):
+    """Two tags on the wire, of each kind, with an untagged guest or one that tags."""
+
+    model = "virtio-net-pci"
+
+    def carried(self, mapping):
+        self.carry(mapping, "--set-uplink-mtu")
+        self.addCleanup(self.agent.run, "ip address flush dev eth0 scope global")
+        self.daemon.attached(TAP)
+
+    def test_a_service_tag_around_the_guests(self):
+        self.carried(f"102={TAP},tpid=0x88a8")
+        self.vlan_device("5", "102q")
+        self.both_ways("102q")
+        self.tcp("102q")
+
+    def test_both_tags_are_the_switchs(self):
+        self.carried(f"103.5={TAP}")
+        self.configure("eth0", "103q")
+        self.both_ways("103q")
+        self.tcp("103q")
+
+    def test_a_service_tag_and_a_customer_tag_are_the_switchs(self):
+        self.carried(f"102.5={TAP},tpid=0x88a8")
+        self.configure("eth0", "102q")
+        self.both_ways("102q")
+        self.tcp("102q")

@@ -1,7 +1,6 @@
 """A guest in QEMU, on an emulated processor."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -14,16 +13,14 @@ KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptom
 MAC = "52:54:00:12:34:56"
 
 
-def qemu_command(lab, number, devices):
-    """The words that start a guest with these devices, and `-netdev`s of their own."""
-    folder = lab.folder
+def qemu_command(folder, devices):
+    """The words that start a guest with these devices and with its files in a folder."""
     return [
         "qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-m", "192", "-smp", "1", "-nodefaults",
         "-no-user-config", "-display", "none", "-kernel", image.kernel() / "vmlinux", "-initrd", image.CACHE / "initrd",
         "-append", KERNEL_ARGUMENTS,
-        "-serial", f"file:{folder}/console{number}",
-        "-chardev", f"socket,id=agent,path={folder}/agent{number},server=on,wait=off", "-serial", "chardev:agent",
-        "-qmp", f"unix:{folder}/qmp{number},server=on,wait=off",
+        "-serial", f"file:{folder}/console",
+        "-chardev", f"socket,id=agent,path={folder}/agent,server=on,wait=off", "-serial", "chardev:agent",
         *devices,
     ]
 
@@ -43,18 +40,21 @@ class Guest:
 
     def __init__(self, lab, devices, wrapper=(), pass_fds=()):
         Guest.numbers += 1
-        self.lab, self.number = lab, Guest.numbers
-        self.errors = lab.folder / f"qemu{self.number}"
+        self.folder = lab.folder / f"guest{Guest.numbers}"
+        self.folder.mkdir()
+        # For a QEMU that is not root.
+        self.folder.chmod(0o777)
+        self.errors = self.folder / "errors"
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
-                lab.host.command(*wrapper, *qemu_command(lab, self.number, devices)),
+                lab.host.command(*wrapper, *qemu_command(self.folder, devices)),
                 stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, pass_fds=pass_fds,
             )
         self.agent = None
 
     def ready(self):
         """Waits until the guest has booted; returns its agent."""
-        self.agent = connect(self.lab.folder / f"agent{self.number}", self.alive)
+        self.agent = connect(self.folder / "agent", self.alive)
         eventually(lambda: f"the guest boots: {self.console()}", lambda: self.alive() or self.agent.ready.done())
         return self.agent
 
@@ -65,23 +65,8 @@ class Guest:
     def console(self):
         """The end of what the guest's kernel said."""
         with contextlib.suppress(OSError):
-            return (self.lab.folder / f"console{self.number}").read_text(errors="replace")[-2000:]
+            return (self.folder / "console").read_text(errors="replace")[-2000:]
         return ""
-
-    def monitor(self, command, **arguments):
-        """One command to QEMU's own control socket."""
-        with socket.socket(socket.AF_UNIX) as control:
-            control.connect(str(self.lab.folder / f"qmp{self.number}"))
-            replies = control.makefile("rb")
-            replies.readline()
-            for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
-                control.sendall(json.dumps(request).encode() + b"\n")
-                reply = {}
-                while not {"return", "error"} & reply.keys():
-                    reply = json.loads(replies.readline())
-        if "error" in reply:
-            raise LabError(f"{command}: {reply['error']}")
-        return reply["return"]
 
     def close(self):
         """Ends it as a crash would."""

@@ -339,6 +339,7 @@ class Lab:
 
     def build(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-"))
+        self.folder.chmod(0o711)
         self.cleanup.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.host, self.switch_side, self.far_side = (self.namespace(role) for role in ("host", "switch", "far"))
         # Addresses that are of use at once.

@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import image
 
-CASES = ("case_nics", "case_macvtap", "case_libvirt", "case_taps")
+CASES = ("case_nics", "case_macvtap", "case_libvirt", "case_taps", "case_messages")
 
 
 class Result(unittest.TestResult):
