@@ -38,6 +38,8 @@ const SIGNALS: Token = Token(0);
 const LINKS: Token = Token(1);
 /// How long a worker may take to give a device back.
 const DEPARTURES: Duration = Duration::from_millis(200);
+/// Tries to read netlink's news before waiting for the next.
+const READ_ATTEMPTS: usize = 3;
 /// Between two seals moved: each holds the kernel's device lock for a while.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 /// The kernel's counters have 32 bits: 20 minutes at 3 million frames a second.
@@ -358,14 +360,16 @@ impl Daemon {
     /// Attaches a device that has just appeared.
     fn adopt(&mut self, position: PortIndex, link: &LinkState) -> Result<(), StartError> {
         let prepared = self.prepare_port(position, link.clone(), false)?;
-        self.host.bring_up(link.index)?;
-        let device = open(link, NetdevOptions::Port);
-        let result = self.attach_port(prepared, device);
-        if result.is_err()
-            && let Some(Attached { found: Some(found), .. }) =
-                self.ports.get_mut(position).and_then(|port| port.attached.take())
-        {
-            self.host.give_port_back(&found);
+        let up = self.host.bring_up(link.index).map_err(StartError::from);
+        let result = up.and_then(|()| {
+            let device = open(link, NetdevOptions::Port);
+            self.attach_port(prepared, device)
+        });
+        if result.is_err() {
+            let attached = self.ports.get_mut(position).and_then(|port| port.attached.take());
+            if let Some(found) = attached.and_then(|attached| attached.found) {
+                self.host.give_port_back(&found);
+            }
         }
         result
     }
@@ -399,8 +403,12 @@ impl Daemon {
     /// Brings ports and uplink in line with what netlink tells.
     fn follow_links(&mut self) {
         let mut events = Vec::new();
-        if let Err(error) = self.monitor.read_events(|event| events.push(event)) {
-            warn!("{error}");
+        // After an error another call makes up for what was missed.
+        for _ in 0..READ_ATTEMPTS {
+            match self.monitor.read_events(|event| events.push(event)) {
+                Ok(()) => break,
+                Err(error) => warn!("{error}"),
+            }
         }
         for event in events {
             if let Some(old) = event.departed() {
@@ -412,6 +420,24 @@ impl Daemon {
             if let LinkEvent::Changed { new, .. } = &event {
                 self.device_changed(new);
             }
+        }
+        self.publish_all();
+    }
+
+    /// The monitor's table is the truth: what was read from a device while it was
+    /// attached may have been a moment that no event speaks of.
+    fn publish_all(&self) {
+        let links = self.monitor.links();
+        for port in &self.ports {
+            let index = port.attached.as_ref().and_then(|attached| attached.index);
+            if let Some(link) = index.and_then(|index| links.by_index(index)) {
+                publish(&port.shared.link, Some(link));
+            }
+        }
+        if let Some(link) =
+            self.uplink.attached.as_ref().and_then(|(index, ..)| links.by_index(*index))
+        {
+            publish(&self.uplink.shared.link, Some(link));
         }
     }
 

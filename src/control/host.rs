@@ -143,7 +143,10 @@ impl Host {
             Ok(()) if ours => Ok(None),
             Ok(()) => Ok(Some(found)),
             Err(error) => {
-                self.give_port_back(&found);
+                // Ours stays sealed: a VM may be on it.
+                if !ours {
+                    self.give_port_back(&found);
+                }
                 Err(error)
             }
         }
@@ -229,8 +232,11 @@ impl Host {
             warn!("{error}");
         }
         if let Some(mtu) = mtu.filter(|mtu| *mtu > link.mtu) {
-            self.links.set_mtu(link.index, mtu)?;
             found.mtu = Some(link.mtu);
+            if let Err(error) = self.links.set_mtu(link.index, mtu) {
+                self.give_uplink_back(&found);
+                return Err(error.into());
+            }
         }
         Ok(found)
     }

@@ -3,8 +3,9 @@
 
 use super::counters::FlowCounters;
 use crate::frame::segment::Segmenter;
+use crate::frame::tag::STACK_DEPTH;
 use crate::frame::vnet::{GSO_ECN, GSO_UDP_L4, Offload, VNET_HEADER_LEN, check_offload};
-use crate::frame::{ETHERNET_HEADER_LEN, TAG_LEN, TagEdit, Tpid, read_u16};
+use crate::frame::{ETHERNET_HEADER_LEN, TAG_LEN, TagEdit, TagStack, Tpid, read_u16};
 use crate::port::{Device, Link};
 use crate::switch::DropReason;
 use crate::sys::packet::{BURST, Received, SendSpace};
@@ -97,11 +98,24 @@ fn super_frame(
         return Err(DropReason::TooLong);
     }
     let udp = header.gso_type & !GSO_ECN == GSO_UDP_L4;
-    if (udp && !abilities.udp_gso) || (tpid.is_some() && !abilities.tagged_gso) {
+    if has_legacy_tag(frame.buffer.frame())
+        || (udp && !abilities.udp_gso)
+        || (tpid.is_some() && !abilities.tagged_gso)
+    {
         return Ok(Handling::Cut);
     }
     frame.buffer.write_header(header);
     Ok(Handling::Whole)
+}
+
+/// 0x9100 and 0x9200 are no VLANs to the kernel: it does not look behind them and
+/// cannot segment (`skb_network_protocol` in `net/core/gso.c`).
+fn has_legacy_tag(frame: &[u8]) -> bool {
+    TagStack::read(None, frame).is_ok_and(|tags| {
+        (0..STACK_DEPTH)
+            .filter_map(|depth| tags.get(depth))
+            .any(|tag| matches!(tag.tpid, Tpid::Legacy9100 | Tpid::Legacy9200))
+    })
 }
 
 /// Which way a lane leads, for naming what goes wrong.

@@ -425,7 +425,7 @@ fn sort(
     abilities: Abilities,
 ) -> Chains {
     let mut chains = Chains::default();
-    let (mut bytes, mut handed) = (0, 0);
+    let (mut bytes, mut handed, mut handed_bytes) = (0, 0, 0);
     for (position, frame) in (0u8..).zip(burst.iter_mut()) {
         let length = wire_len(frame);
         bytes += length;
@@ -443,6 +443,7 @@ fn sort(
             continue;
         };
         handed += 1;
+        handed_bytes += length;
         shared.to_guest.add_in(1, length);
         match edit.and_then(|edit| rewrite(frame, &edit, abilities, shared.link.mtu())) {
             Ok(handling) => chains.append(port, position, handling),
@@ -450,7 +451,7 @@ fn sort(
         }
     }
     uplink.from_wire.add_in(burst.len() as u64 + lost, bytes);
-    uplink.from_wire.add_out(handed, 0);
+    uplink.from_wire.add_out(handed, handed_bytes);
     uplink.from_wire.add_drops(DropReason::RingOverrun, lost);
     chains
 }

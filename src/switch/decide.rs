@@ -71,7 +71,13 @@ impl Table {
         };
         let (rule, tci) = match tags.outer() {
             None => (rules.untagged, Tci::default()),
-            Some(tag) if tag.tci.vid_bits() == 0 => (rules.priority_tagged, tag.tci),
+            Some(tag) if tag.tci.vid_bits() == 0 => {
+                // A tag behind the priority tag would come out in front one switch on.
+                if rules.refuse_inner && tags.get(1).is_some() {
+                    return GuestVerdict::Drop(DropReason::TaggedOnAccess);
+                }
+                (rules.priority_tagged, tag.tci)
+            }
             Some(tag) => {
                 if let Some((tpid, allowed)) = &rules.allowed {
                     let vid = usize::from(tag.tci.vid_bits());

@@ -87,7 +87,8 @@ impl Port {
             // VLAN 0 has no tag to push unless it carries a priority.
             (Mode::Access, None) if self.vlans == [0] && fixed == 0 => Fate::Deliver(vec![]),
             (Mode::Access, None) => put(fixed, &[]),
-            (Mode::Access, Some(0)) => put(guests_own, &tags[1..]),
+            (Mode::Access, Some(0)) if tags.len() > 1 => Fate::Drop(DropReason::TaggedOnAccess),
+            (Mode::Access, Some(0)) => put(guests_own, &[]),
             (Mode::Access, Some(_)) => Fate::Drop(DropReason::TaggedOnAccess),
             (Mode::Trunk, None | Some(0)) if self.native.is_none() => {
                 Fate::Drop(DropReason::UntaggedOnTrunk)

@@ -85,6 +85,8 @@ pub(super) struct GuestRules {
     pub(super) untagged: GuestRule,
     pub(super) priority_tagged: GuestRule,
     pub(super) tagged: GuestRule,
+    /// Drop priority-tagged frames with another tag behind.
+    pub(super) refuse_inner: bool,
     /// A trunk's VIDs and their TPID; tagged frames outside are dropped.
     pub(super) allowed: Option<(Tpid, Box<[u64; VIDS / 64]>)>,
 }
@@ -239,6 +241,7 @@ fn guest_rules(membership: &Membership) -> GuestRules {
             untagged: over(false),
             priority_tagged: over(copy),
             tagged: over(copy),
+            refuse_inner: false,
             allowed: None,
         },
         Mode::Access => GuestRules {
@@ -250,6 +253,7 @@ fn guest_rules(membership: &Membership) -> GuestRules {
             },
             priority_tagged: instead,
             tagged: GuestRule::Drop(DropReason::TaggedOnAccess),
+            refuse_inner: true,
             allowed: None,
         },
         Mode::Trunk => {
@@ -265,6 +269,7 @@ fn guest_rules(membership: &Membership) -> GuestRules {
                 untagged: if native { over(false) } else { refused },
                 priority_tagged: if native { instead } else { refused },
                 tagged: as_it_is,
+                refuse_inner: false,
                 allowed: Some((tpid, allowed)),
             }
         }

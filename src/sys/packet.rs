@@ -29,6 +29,7 @@ use crate::frame::{FrameBuffer, Tag, Tci, Tpid, VnetHeader};
 use arrayvec::ArrayVec;
 use libc::{c_int, c_void, socklen_t};
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use std::marker::PhantomData;
 use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -209,7 +210,7 @@ impl Receiver {
             self.taken += 1;
             let frame = if status & libc::TP_STATUS_COPY != 0 {
                 copies_left -= 1;
-                copies.next().and_then(|copy| receive_copy(&self.socket, copy))
+                copies.next().and_then(|copy| receive_copy(&self.socket, &header, copy))
             } else if header.tp_snaplen != header.tp_len {
                 None
             } else {
@@ -297,14 +298,24 @@ fn in_slot<'a>(
 }
 
 /// Reads the super-frame a slot announced.
-fn receive_copy<'a>(socket: &OwnedFd, copy: &'a mut [u8]) -> Option<(FrameBuffer<'a>, VnetHeader)> {
+///
+/// Slots and queue must stay in step, or a frame would get another one's tag. A
+/// device that went down leaves an error that is answered before the queue is
+/// looked at (`__skb_try_recv_datagram`); reading it takes it away, so the second
+/// try gets the frame. A frame of another length than announced is not this one.
+fn receive_copy<'a>(
+    socket: &OwnedFd,
+    header: &libc::tpacket2_hdr,
+    copy: &'a mut [u8],
+) -> Option<(FrameBuffer<'a>, VnetHeader)> {
     let place = copy.get_mut(COPY_START - VNET_HEADER_LEN..)?;
-    let length = nix::sys::socket::recv(
-        socket.as_raw_fd(),
-        place,
-        nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_TRUNC,
-    )
-    .ok()?;
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+    let length = recv(socket.as_raw_fd(), place, flags)
+        .or_else(|_| recv(socket.as_raw_fd(), place, flags))
+        .ok()?;
+    if length != VNET_HEADER_LEN + header.tp_len as usize {
+        return None;
+    }
     // MSG_TRUNC tells the whole length: a frame longer than the buffer is lost.
     let frame = place.get(..length)?;
     let vnet = VnetHeader::from_bytes(frame.first_chunk()?);
