@@ -270,3 +270,30 @@ impl Lane<'_> {
 fn frame_bytes(packets: &[&[u8]]) -> u64 {
     packets.iter().map(|packet| packet.len().saturating_sub(VNET_HEADER_LEN) as u64).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn legacy_tags_are_found_behind_others() {
+        let frame = |ethertypes: &[u16]| {
+            let mut frame = vec![0; 12];
+            for ethertype in ethertypes {
+                frame.extend(ethertype.to_be_bytes());
+                frame.extend([0, 5]);
+            }
+            frame.extend([0x08, 0, 0, 0]);
+            frame
+        };
+        for (tags, expected) in [
+            (&[][..], false),
+            (&[0x8100], false),
+            (&[0x88a8, 0x8100], false),
+            (&[0x9100], true),
+            (&[0x8100, 0x9200], true),
+        ] {
+            assert_eq!(has_legacy_tag(&frame(tags)), expected, "{tags:x?}");
+        }
+    }
+}
