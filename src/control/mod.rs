@@ -1,6 +1,7 @@
 //! What runs beside the packet path: configuration, following the devices, the
 //! daemon itself. It may block, allocate and log; nothing here is called per frame.
 
+pub mod api;
 mod checks;
 pub mod cli;
 pub mod daemon;
