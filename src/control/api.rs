@@ -341,6 +341,28 @@ pub enum Request {
     Examine {},
 }
 
+impl Request {
+    /// Whether it changes something, or shows what only those may see who could
+    /// change it: guests' frames.
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::AddPort { .. }
+            | Self::RemovePort { .. }
+            | Self::SetPort { .. }
+            | Self::Capture(_)
+            | Self::ReloadConfig { .. } => true,
+            Self::GetStatus {}
+            | Self::ListPorts {}
+            | Self::GetPort { .. }
+            | Self::GetStats { .. }
+            | Self::ListDrops {}
+            | Self::Monitor {}
+            | Self::GetConfig {}
+            | Self::Examine {} => false,
+        }
+    }
+}
+
 /// What to capture.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CaptureRequest {

@@ -13,4 +13,5 @@ mod parallel;
 mod privileges;
 mod probe;
 mod report;
+pub mod server;
 pub mod start_error;

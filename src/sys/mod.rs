@@ -9,4 +9,5 @@ pub mod bpf;
 pub mod ethtool;
 pub mod netns;
 pub mod packet;
+pub mod peer;
 pub mod tap;

@@ -1,0 +1,266 @@
+//! The sockets people and programs talk to us on: the control socket, and the one
+//! metrics are read from.
+//!
+//! # Theory of operation
+//!
+//! All of it runs in the control loop, without a thread of its own and without ever
+//! waiting for a client: sockets are non-blocking, each client has one buffer in
+//! and one out, and is served one call a turn. A client whose answer has not left
+//! yet is not read from, so nobody holds more than one answer here. What a client
+//! can cost is bounded: the number of clients, the length of a message, the time
+//! half a message or an unread answer may stay, and events for a slow reader are
+//! counted instead of kept.
+//!
+//! [`Server::next_call`] hands out what was asked; the daemon answers by
+//! [`Server::reply`] or [`Server::refuse`]. What the protocols need of themselves
+//! (introspection, errors in the framing, who may do what) is answered here.
+
+mod client;
+mod http;
+mod socket;
+mod varlink;
+
+pub use socket::{MetricsAddress, SocketError, bind_control, bind_metrics};
+pub use varlink::Refusal;
+
+use crate::control::api::{Event, EventKind, EventReply, Request};
+use client::{Client, Stream};
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use serde::Serialize;
+use socket::Listener;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use tracing::{debug, warn};
+
+/// Clients at once.
+const CLIENTS_MAX: usize = 64;
+/// Clients at once that may not change anything: the rest is kept for those who may.
+const READERS_MAX: usize = 48;
+/// Bytes of events a slow reader may have waiting.
+const EVENTS_BACKLOG: usize = 64 << 10;
+/// The shortest time between two answers of a stream.
+const INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// The usual one.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// A client, for as long as it is connected.
+pub type ClientId = usize;
+
+/// What a client wants.
+#[derive(Debug)]
+pub enum Wish {
+    /// A method was called; to be answered.
+    Call {
+        /// Which.
+        request: Request,
+        /// The client takes many answers.
+        more: bool,
+    },
+    /// The next counters for a client that asked for them again and again.
+    NextStats,
+    /// A program reads metrics; to be answered by [`Server::metrics`].
+    Metrics,
+}
+
+/// All listening sockets and their clients.
+#[derive(Debug)]
+pub struct Server {
+    listeners: Vec<Listener>,
+    /// Tokens from here on are ours: first the listeners, then the clients.
+    first_token: usize,
+    clients: Vec<Option<Client>>,
+    /// Clients to look at in this turn.
+    turn: VecDeque<ClientId>,
+}
+
+impl Server {
+    /// A server for these sockets, with tokens from `first_token` on.
+    ///
+    /// # Errors
+    /// When they cannot be polled.
+    pub fn new(
+        listeners: Vec<Listener>,
+        registry: &Registry,
+        first_token: usize,
+    ) -> io::Result<Self> {
+        for (position, listener) in listeners.iter().enumerate() {
+            let token = Token(first_token + position);
+            registry.register(&mut SourceFd(&listener.as_raw_fd()), token, Interest::READABLE)?;
+        }
+        Ok(Self { listeners, first_token, clients: Vec::new(), turn: VecDeque::new() })
+    }
+
+    /// Takes note of a readiness event of one of our tokens.
+    pub fn note(&mut self, token: Token, registry: &Registry) {
+        let Some(position) = token.0.checked_sub(self.first_token) else { return };
+        match position.checked_sub(self.listeners.len()) {
+            None => self.accept(position, registry),
+            Some(id) => {
+                if let Some(Some(client)) = self.clients.get_mut(id) {
+                    client.readable = true;
+                    client.flush();
+                    self.turn.push_back(id);
+                }
+            }
+        }
+    }
+
+    /// The next thing a client wants. `None`: all are served for this turn, or their
+    /// share of it is used up; [`Server::has_work`] tells which.
+    pub fn next_call(&mut self, now: Instant) -> Option<(ClientId, Wish)> {
+        while let Some(id) = self.turn.pop_front() {
+            let Some(Some(client)) = self.clients.get_mut(id) else { continue };
+            match client.next_message(now) {
+                client::Next::Nothing => {}
+                client::Next::Gone => self.remove(id),
+                client::Next::Wish(wish) => return Some((id, wish)),
+                // Answered already; there may be more.
+                client::Next::Answered => self.turn.push_back(id),
+            }
+        }
+        None
+    }
+
+    /// Whether a client has something to be read already.
+    pub fn has_work(&self) -> bool {
+        !self.turn.is_empty()
+    }
+
+    /// Until when nothing is due by the clock.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.clients.iter().flatten().filter_map(Client::deadline).min()
+    }
+
+    /// Does what is due by the clock: drops clients that are stuck, and queues the
+    /// next answers of streams, which [`Server::next_due`] hands out.
+    pub fn next_due(&mut self, now: Instant) -> Option<(ClientId, Wish)> {
+        for id in 0..self.clients.len() {
+            let Some(Some(client)) = self.clients.get_mut(id) else { continue };
+            if client.is_stuck(now) {
+                debug!("dropping a client that neither reads nor writes");
+                self.remove(id);
+            } else if client.is_due(now) {
+                return Some((id, Wish::NextStats));
+            }
+        }
+        None
+    }
+
+    /// Answers a call, or the next of a stream's.
+    pub fn reply(&mut self, id: ClientId, parameters: &impl Serialize) {
+        let Some(Some(client)) = self.clients.get_mut(id) else { return };
+        let continues = client.stream.is_some();
+        client.send_reply(parameters, continues);
+        self.turn.push_back(id);
+    }
+
+    /// Answers a call with an error.
+    pub fn refuse(&mut self, id: ClientId, refusal: &Refusal) {
+        let Some(Some(client)) = self.clients.get_mut(id) else { return };
+        client.send_error(refusal);
+        self.turn.push_back(id);
+    }
+
+    /// Answers a reader of metrics.
+    pub fn metrics(&mut self, id: ClientId, text: &str) {
+        let Some(Some(client)) = self.clients.get_mut(id) else { return };
+        client.send_metrics(text);
+        self.turn.push_back(id);
+    }
+
+    /// From now on the client gets counters every `interval` milliseconds.
+    pub fn stream_stats(&mut self, id: ClientId, interval: Option<u64>, now: Instant) {
+        let Some(Some(client)) = self.clients.get_mut(id) else { return };
+        let every = interval.map_or(INTERVAL, Duration::from_millis).max(INTERVAL_MIN);
+        client.stream = Some(Stream::Stats { every, next: now + every });
+    }
+
+    /// From now on the client gets events.
+    pub fn stream_events(&mut self, id: ClientId) {
+        if let Some(Some(client)) = self.clients.get_mut(id) {
+            client.stream = Some(Stream::Events { missed: 0 });
+        }
+    }
+
+    /// Tells all who listen.
+    pub fn tell(&mut self, event: &Event) {
+        for client in self.clients.iter_mut().flatten() {
+            let Some(Stream::Events { missed }) = &mut client.stream else { continue };
+            if client.output.len() > EVENTS_BACKLOG {
+                *missed += 1;
+                continue;
+            }
+            if *missed > 0 {
+                let text = format!("{missed} events went by before this reader took the last");
+                *missed = 0;
+                let note = Event { time: event.time, kind: EventKind::Missed, device: None, text };
+                client.send_reply(&EventReply { event: note }, true);
+            }
+            client.send_reply(&EventReply { event: event.clone() }, true);
+        }
+    }
+
+    /// Takes a client's connection out of here, to be written to by somebody else.
+    /// What it was still to be sent is lost: there is nothing while a call is open.
+    pub fn hand_over(&mut self, id: ClientId, registry: &Registry) -> Option<UnixStream> {
+        let client = self.clients.get_mut(id)?.take()?;
+        let _ = registry.deregister(&mut SourceFd(&client.as_raw_fd()));
+        client.into_unix_stream()
+    }
+
+    /// How many clients there are.
+    pub fn clients(&self) -> usize {
+        self.clients.iter().flatten().count()
+    }
+
+    fn accept(&mut self, position: usize, registry: &Registry) {
+        let Some(listener) = self.listeners.get(position) else { return };
+        loop {
+            let (stream, protocol) = match listener.accept() {
+                Ok(Some(accepted)) => accepted,
+                Ok(None) => return,
+                Err(error) => {
+                    warn!("cannot take a connection to {listener}: {error}");
+                    return;
+                }
+            };
+            let client = Client::new(stream, protocol);
+            let (mut all, mut readers) = (0, 0);
+            for other in self.clients.iter().flatten() {
+                all += 1;
+                readers += usize::from(!other.may_change());
+            }
+            if all >= CLIENTS_MAX || (!client.may_change() && readers >= READERS_MAX) {
+                debug!("turned a client away: there are {all} already");
+                continue;
+            }
+            let free = self.clients.iter().position(Option::is_none);
+            let id = free.unwrap_or_else(|| {
+                self.clients.push(None);
+                self.clients.len() - 1
+            });
+            let token = Token(self.first_token + self.listeners.len() + id);
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            match registry.register(&mut SourceFd(&client.as_raw_fd()), token, interest) {
+                Ok(()) => {
+                    if let Some(place) = self.clients.get_mut(id) {
+                        *place = Some(client);
+                    }
+                    self.turn.push_back(id);
+                }
+                Err(error) => warn!("cannot serve a client of {listener}: {error}"),
+            }
+        }
+    }
+
+    fn remove(&mut self, id: ClientId) {
+        if let Some(place) = self.clients.get_mut(id) {
+            // Closing takes it out of the poll as well: no other handle exists.
+            *place = None;
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! The listening sockets: where they are, and who gets in.
+//!
+//! The control socket has mode 0660 from its first moment (the mode of a unix
+//! socket's inode is taken over by `bind`: `unix_bind_bsd` in `net/unix/af_unix.c`),
+//! and belongs to the group `vlanswitchd` where there is one. What the mode becomes
+//! after that is the operator's choice.
+
+use super::client::{Connection, Protocol};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, Group, chown};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The group whose members may change things, if the host has it.
+const GROUP: &str = "vlanswitchd";
+const BACKLOG: i32 = 64;
+
+/// A socket cannot be listened on.
+#[derive(Debug, Error)]
+pub enum SocketError {
+    /// Another process listens there.
+    #[error(
+        "--{option} {path}: another vlanswitchd listens there: give each one a path of its own \
+         with --{option} PATH"
+    )]
+    Taken {
+        /// The option that names the socket.
+        option: &'static str,
+        /// The path.
+        path: String,
+    },
+    /// Something else is in the way.
+    #[error("--{option} {place}: {reason}: choose another, or --{option} none")]
+    Unusable {
+        /// The option that names the socket.
+        option: &'static str,
+        /// The path or address.
+        place: String,
+        /// What the system said.
+        reason: io::Error,
+    },
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    protocol: Protocol,
+    /// The socket's file and its inode, to be removed with it.
+    file: Option<(PathBuf, u64)>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// Listens on the control socket.
+///
+/// # Errors
+/// [`SocketError`].
+pub fn bind_control(path: &Path) -> Result<Listener, SocketError> {
+    bind_unix("control", path, 0o660, |gid| Protocol::Varlink { gid })
+}
+
+/// Where metrics are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetricsAddress {
+    /// A TCP port.
+    Tcp(SocketAddr),
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+/// Listens for readers of metrics.
+///
+/// # Errors
+/// [`SocketError`].
+pub fn bind_metrics(address: &MetricsAddress) -> Result<Listener, SocketError> {
+    let address = match address {
+        MetricsAddress::Unix(path) => return bind_unix("metrics", path, 0o666, |_| Protocol::Http),
+        MetricsAddress::Tcp(address) => address,
+    };
+    let unusable =
+        |reason| SocketError::Unusable { option: "metrics", place: address.to_string(), reason };
+    let socket = TcpListener::bind(address).map_err(unusable)?;
+    socket.set_nonblocking(true).map_err(unusable)?;
+    Ok(Listener { socket: Socket::Tcp(socket), protocol: Protocol::Http, file: None })
+}
+
+fn bind_unix(
+    option: &'static str,
+    path: &Path,
+    mode: u32,
+    protocol: impl FnOnce(u32) -> Protocol,
+) -> Result<Listener, SocketError> {
+    let unusable =
+        |reason| SocketError::Unusable { option, place: path.display().to_string(), reason };
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        fs::create_dir_all(folder).map_err(unusable)?;
+    }
+    let socket = match listen_at(path, mode) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Err(SocketError::Taken { option, path: path.display().to_string() });
+            }
+            // Left behind by one that died. Anything but a socket stays, and is in the way.
+            let metadata = fs::symlink_metadata(path).map_err(unusable)?;
+            if metadata.mode() & libc::S_IFMT != libc::S_IFSOCK {
+                return Err(unusable(io::Error::other("a file that is no socket is there")));
+            }
+            fs::remove_file(path).map_err(unusable)?;
+            listen_at(path, mode).map_err(unusable)?
+        }
+        result => result.map_err(unusable)?,
+    };
+    if let Ok(Some(group)) = Group::from_name(GROUP) {
+        // Without the right to give it away it stays ours.
+        let _ = chown(path, None, Some(group.gid));
+    }
+    let metadata = fs::metadata(path).map_err(unusable)?;
+    let protocol = protocol(Gid::from_raw(metadata.gid()).as_raw());
+    let file = Some((path.to_owned(), metadata.ino()));
+    Ok(Listener { socket: Socket::Unix(socket), protocol, file })
+}
+
+fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&fd, Mode::from_bits_truncate(mode))?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(BACKLOG)?)?;
+    Ok(fd.into())
+}
+
+impl Listener {
+    /// The next connection; `None` if nobody waits.
+    ///
+    /// # Errors
+    /// The system's, such as having no descriptors left.
+    pub fn accept(&self) -> io::Result<Option<(Connection, Protocol)>> {
+        let accepted = match &self.socket {
+            Socket::Unix(socket) => socket.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                Ok(Connection::Unix(stream))
+            }),
+            Socket::Tcp(socket) => socket.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                Ok(Connection::Tcp(stream))
+            }),
+        };
+        match accepted {
+            Ok(connection) => Ok(Some((connection, self.protocol))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            // It has gone again: look for the next.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                ) =>
+            {
+                self.accept()
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        match &self.socket {
+            Socket::Unix(socket) => socket.as_raw_fd(),
+            Socket::Tcp(socket) => socket.as_raw_fd(),
+        }
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.file, &self.socket) {
+            (Some((path, _)), _) => write!(f, "{}", path.display()),
+            (None, Socket::Tcp(socket)) => match socket.local_addr() {
+                Ok(address) => write!(f, "{address}"),
+                Err(_) => write!(f, "the metrics socket"),
+            },
+            (None, Socket::Unix(_)) => write!(f, "a unix socket"),
+        }
+    }
+}
+
+impl std::ops::Drop for Listener {
+    fn drop(&mut self) {
+        if let Some((path, inode)) = &self.file
+            && fs::symlink_metadata(path).is_ok_and(|metadata| metadata.ino() == *inode)
+        {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
