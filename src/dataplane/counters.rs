@@ -7,7 +7,8 @@
 use crate::port::Link;
 use crate::switch::DropReason;
 use nix::errno::Errno;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A counter with one writer: a plain addition, no locked instruction.
 #[derive(Debug, Default)]
@@ -21,6 +22,45 @@ impl Counter {
 
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The highest of the values noted since it was last taken: the worker notes,
+/// control takes. A value noted at that very moment may be lost.
+#[derive(Debug, Default)]
+pub struct Peak(AtomicU32);
+
+impl Peak {
+    /// Notes a value.
+    #[inline]
+    pub fn note(&self, value: u32) {
+        if value > self.0.load(Ordering::Relaxed) {
+            self.0.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// The highest value; starts anew.
+    pub fn take(&self) -> u32 {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+}
+
+/// What a worker tells of itself: the worker writes.
+#[derive(Debug, Default)]
+pub struct WorkerShared {
+    busy: Counter,
+}
+
+impl WorkerShared {
+    /// Counts time spent moving frames.
+    #[inline]
+    pub fn add_busy(&self, time: Duration) {
+        self.busy.add(time.as_nanos() as u64);
+    }
+
+    /// Time spent moving frames so far.
+    pub fn busy(&self) -> Duration {
+        Duration::from_nanos(self.busy.get())
     }
 }
 
@@ -144,6 +184,8 @@ pub struct PortShared {
     pub from_guest: FlowCounters,
     /// Uplink to guest: the worker writes.
     pub to_guest: FlowCounters,
+    /// Fill of the receive ring, in thousandths.
+    pub ring_peak: Peak,
 }
 
 /// What a worker and control share of the uplink. What was sent on it is the sum
@@ -154,4 +196,6 @@ pub struct UplinkShared {
     pub link: Link,
     /// Frames from the wire; "out" is "handed to a port": the worker writes.
     pub from_wire: FlowCounters,
+    /// Fill of the receive ring, in thousandths.
+    pub ring_peak: Peak,
 }

@@ -11,6 +11,6 @@ mod pace;
 mod worker;
 
 pub use burst::{Abilities, Lane, SegmentSpace};
-pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared};
+pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared, WorkerShared};
 pub use pace::{Pace, PollMode};
-pub use worker::{Command, Departed, Slot, Worker, WorkerError, WorkerHandle};
+pub use worker::{Command, Departed, Notice, Slot, Worker, WorkerError, WorkerHandle};

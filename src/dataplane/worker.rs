@@ -13,7 +13,7 @@
 
 use super::burst::{Abilities, Handling, Lane, SegmentSpace, Toward, rewrite};
 use super::chains::Chains;
-use super::counters::{PortShared, UplinkShared};
+use super::counters::{PortShared, UplinkShared, WorkerShared};
 use super::pace::{Pace, PollMode, Step};
 use crate::frame::{TAG_LEN, TagStack};
 use crate::port::Device;
@@ -37,7 +37,8 @@ const UPLINK: Token = Token(usize::MAX - 1);
 const ROUNDS_PER_POLL: u32 = 16;
 /// Empty rounds after which a port leaves the hot list.
 const ROUNDS_TO_COOL: u32 = 64;
-/// How long the last frames may take when stopping.
+/// How long the last frames of a device may take; what is left then is counted as
+/// `ring_overrun`.
 const DRAIN_TIME: Duration = Duration::from_millis(20);
 
 /// What control tells a worker.
@@ -45,10 +46,24 @@ const DRAIN_TIME: Duration = Duration::from_millis(20);
 pub enum Command {
     /// Use this device for the port (`None`: for the uplink).
     Attach(Option<PortIndex>, Box<Device>),
-    /// Give the device back.
+    /// Forward what the device has received and give it back; answered by
+    /// [`Notice::Departed`], also if there was none.
     Detach(Option<PortIndex>),
+    /// A new port, without a device, in place of whatever port was there.
+    Add(PortIndex, Arc<PortShared>),
+    /// Decide by this table from now on; answered by [`Notice::Switched`].
+    Switch(Arc<Table>),
     /// Forward what has arrived, give all devices back and end.
     Stop,
+}
+
+/// What a worker tells control.
+#[derive(Debug)]
+pub enum Notice {
+    /// A device is no longer in the loop.
+    Departed(Departed),
+    /// A new table is in force.
+    Switched,
 }
 
 /// A device a worker has given back, or could not take.
@@ -56,8 +71,8 @@ pub enum Command {
 pub struct Departed {
     /// The port, or `None` for the uplink.
     pub port: Option<PortIndex>,
-    /// The device, to be closed outside the loop.
-    pub device: Box<Device>,
+    /// The device, to be closed outside the loop; `None` if there was none.
+    pub device: Option<Box<Device>>,
     /// Why it could not be taken.
     pub error: Option<io::Error>,
 }
@@ -98,7 +113,8 @@ pub struct Worker {
     poll: Poll,
     events: Events,
     commands: Receiver<Command>,
-    departed: Sender<Departed>,
+    notices: Sender<Notice>,
+    shared: Arc<WorkerShared>,
     copies: CopyPool,
     space: SendSpace,
     segments: SegmentSpace,
@@ -109,15 +125,18 @@ pub struct Worker {
 pub struct WorkerHandle {
     commands: Sender<Command>,
     waker: Arc<Waker>,
-    /// Devices given back.
-    pub departed: Receiver<Departed>,
+    /// What the worker tells.
+    pub notices: Receiver<Notice>,
+    /// What it tells of itself.
+    pub shared: Arc<WorkerShared>,
     thread: JoinHandle<()>,
 }
 
 impl WorkerHandle {
     /// Sends a command; it takes effect within one round.
     pub fn send(&self, command: Command) {
-        // Either fails only when the worker is gone, which `finish` reports.
+        // Either fails only when the worker is gone, and then the process is too: a
+        // panic aborts.
         let _ = self.commands.send(command);
         let _ = self.waker.wake();
     }
@@ -126,7 +145,11 @@ impl WorkerHandle {
     pub fn finish(self) -> Vec<Departed> {
         self.send(Command::Stop);
         let _ = self.thread.join();
-        self.departed.try_iter().collect()
+        let departed = self.notices.try_iter().filter_map(|notice| match notice {
+            Notice::Departed(departed) => Some(departed),
+            Notice::Switched => None,
+        });
+        departed.collect()
     }
 }
 
@@ -141,10 +164,10 @@ impl Worker {
         ports: impl IntoIterator<Item = Arc<PortShared>>,
         abilities: Abilities,
         mode: PollMode,
-    ) -> Result<(Self, Sender<Command>, Receiver<Departed>), WorkerError> {
+    ) -> Result<(Self, Sender<Command>, Receiver<Notice>), WorkerError> {
         let slots: Vec<Slot> = ports.into_iter().map(Slot::new).collect();
         let (command_sender, commands) = crossbeam_channel::unbounded();
-        let (departed, departed_receiver) = crossbeam_channel::unbounded();
+        let (notices, notice_receiver) = crossbeam_channel::unbounded();
         let worker = Self {
             table,
             uplink: None,
@@ -157,12 +180,13 @@ impl Worker {
             poll: Poll::new()?,
             events: Events::with_capacity(256),
             commands,
-            departed,
+            notices,
+            shared: Arc::default(),
             copies: CopyPool::default(),
             space: SendSpace::default(),
             segments: SegmentSpace::default(),
         };
-        Ok((worker, command_sender, departed_receiver))
+        Ok((worker, command_sender, notice_receiver))
     }
 
     /// Starts the loop on a thread of its own.
@@ -172,18 +196,24 @@ impl Worker {
     pub fn spawn(
         self,
         commands: Sender<Command>,
-        departed: Receiver<Departed>,
+        notices: Receiver<Notice>,
     ) -> Result<WorkerHandle, WorkerError> {
         let waker = Arc::new(Waker::new(self.poll.registry(), WAKER)?);
+        let shared = Arc::clone(&self.shared);
         let thread = std::thread::Builder::new().name("worker".into()).spawn(move || self.run())?;
-        Ok(WorkerHandle { commands, waker, departed, thread })
+        Ok(WorkerHandle { commands, waker, notices, shared, thread })
     }
 
     fn run(mut self) {
         let mut rounds = 0u32;
+        let mut busy_since = None;
         loop {
             let now = Instant::now();
+            if let Some(since) = busy_since.take() {
+                self.shared.add_busy(now.saturating_duration_since(since));
+            }
             let moved = self.round(now);
+            busy_since = moved.then_some(now);
             rounds = rounds.wrapping_add(1);
             let timeout = match self.pace.next(moved, now) {
                 Step::Again if !rounds.is_multiple_of(ROUNDS_PER_POLL) => continue,
@@ -224,6 +254,10 @@ impl Worker {
         let Some(uplink) = self.uplink.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
+        // Below a burst there is no backlog worth a look.
+        if uplink.has_burst() {
+            self.uplink_shared.ring_peak.note(uplink.ring_fill());
+        }
         let mut burst = Burst::new();
         let lost = uplink.receive(&mut self.copies, &mut burst);
         let moved = lost > 0 || !burst.is_empty();
@@ -256,6 +290,9 @@ impl Worker {
         let Some(device) = slot.device.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
+        if device.has_burst() {
+            slot.shared.ring_peak.note(device.ring_fill());
+        }
         let flow = &slot.shared.from_guest;
         let mtu = self.uplink_shared.link.mtu();
         let mut burst = Burst::new();
@@ -331,6 +368,11 @@ impl Worker {
             match command {
                 Command::Attach(port, device) => self.attach(port, device),
                 Command::Detach(port) => self.detach(port, Instant::now() + DRAIN_TIME),
+                Command::Add(port, shared) => self.add(port, shared),
+                Command::Switch(table) => {
+                    self.table = table;
+                    let _ = self.notices.send(Notice::Switched);
+                }
                 Command::Stop => {
                     self.stop();
                     return ControlFlow::Break(());
@@ -340,10 +382,25 @@ impl Worker {
         ControlFlow::Continue(())
     }
 
+    /// Makes room for a port.
+    fn add(&mut self, port: PortIndex, shared: Arc<PortShared>) {
+        while self.slots.len() <= port {
+            self.slots.push(Slot::new(Arc::default()));
+        }
+        // Each port is on the list once at most: it never grows in the loop.
+        self.hot.retain(|hot| *hot != port);
+        self.hot.reserve(self.slots.len() - self.hot.len());
+        if let Some(slot) = self.slots.get_mut(port) {
+            *slot = Slot::new(shared);
+        }
+    }
+
     /// Takes a device into the loop; gives it back with the error if it cannot be
     /// polled.
     pub fn attach(&mut self, port: Option<PortIndex>, device: Box<Device>) {
-        self.detach(port, Instant::now());
+        if self.device(port).is_some() {
+            self.detach(port, Instant::now());
+        }
         let token = port.map_or(UPLINK, Token);
         let registered = device.poll_fd().map_or(Ok(()), |fd| {
             self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
@@ -356,7 +413,7 @@ impl Worker {
             (Some(place), Ok(())) => *place = Some(device),
             (_, registered) => {
                 let error = registered.err();
-                let _ = self.departed.send(Departed { port, device, error });
+                self.tell_departed(Departed { port, device: Some(device), error });
             }
         }
         if let Some(port) = port {
@@ -364,9 +421,23 @@ impl Worker {
         }
     }
 
+    fn tell_departed(&self, departed: Departed) {
+        let _ = self.notices.send(Notice::Departed(departed));
+    }
+
+    fn device(&self, port: Option<PortIndex>) -> Option<&Device> {
+        match port {
+            None => self.uplink.as_deref(),
+            Some(port) => self.slots.get(port).and_then(|slot| slot.device.as_deref()),
+        }
+    }
+
     /// Forwards what the device has already received, until the deadline, and gives
     /// it back.
     fn detach(&mut self, port: Option<PortIndex>, deadline: Instant) {
+        if let Some(device) = self.device(port) {
+            device.close_entrance();
+        }
         loop {
             let now = Instant::now();
             let moved = match port {
@@ -381,16 +452,34 @@ impl Worker {
             None => self.uplink.take(),
             Some(port) => self.slots.get_mut(port).and_then(|slot| slot.device.take()),
         };
-        let Some(device) = device else { return };
-        if let Some(fd) = device.poll_fd() {
-            // Control may hold a duplicate that would keep the entry alive.
-            let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
+        if let Some(device) = &device {
+            if let Some(fd) = device.poll_fd() {
+                // Control may hold a duplicate that would keep the entry alive.
+                let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
+            }
+            let flow = match port {
+                None => Some(&self.uplink_shared.from_wire),
+                Some(port) => self.slots.get(port).map(|slot| &slot.shared.from_guest),
+            };
+            if let Some(flow) = flow {
+                let left = device.waiting() as u64;
+                flow.add_in(left, 0);
+                flow.add_drops(DropReason::RingOverrun, left);
+            }
         }
-        let _ = self.departed.send(Departed { port, device, error: None });
+        self.tell_departed(Departed { port, device, error: None });
     }
 
     fn stop(&mut self) {
         let deadline = Instant::now() + DRAIN_TIME;
+        for port in (0..self.slots.len()).map(Some).chain([None]) {
+            if let Some(device) = self.device(port) {
+                device.close_entrance();
+            }
+            if let Some(port) = port {
+                heat(&mut self.slots, &mut self.hot, port);
+            }
+        }
         while Instant::now() < deadline && self.round(Instant::now()) {}
         for port in (0..self.slots.len()).map(Some).chain([None]) {
             self.detach(port, deadline);

@@ -40,6 +40,44 @@ impl Device {
         }
     }
 
+    /// Whether a whole burst waits; costs no system call.
+    #[inline]
+    pub fn has_burst(&self) -> bool {
+        match self {
+            Self::Netdev(port) => port.receiver.has_burst(),
+            Self::Internal(_) | Self::Memory(_) => false,
+        }
+    }
+
+    /// Frames that wait to be received, where that can be told.
+    pub fn waiting(&self) -> usize {
+        match self {
+            Self::Netdev(port) => port.receiver.waiting(),
+            Self::Internal(_) | Self::Memory(_) => 0,
+        }
+    }
+
+    /// The share of the receive ring that is full, in thousandths.
+    pub fn ring_fill(&self) -> u32 {
+        match self {
+            Self::Netdev(port) => {
+                let receiver = &port.receiver;
+                // What was received and not released yet is no backlog any more.
+                (receiver.waiting() * 1000 / receiver.slots()) as u32
+            }
+            Self::Internal(_) | Self::Memory(_) => 0,
+        }
+    }
+
+    /// Takes no more frames: those that have arrived can still be received. A tap
+    /// held by us keeps them for whoever opens it next.
+    pub fn close_entrance(&self) {
+        if let Self::Netdev(port) = self {
+            // Without memory for a filter frames flow until the socket is closed.
+            let _ = port.receiver.close_entrance();
+        }
+    }
+
     /// Takes a burst of frames. Returns how many the kernel announced and could
     /// not deliver whole.
     #[inline]

@@ -66,7 +66,7 @@ impl Table {
     /// Decides about a frame from the guest of `port` by its tags.
     #[inline]
     pub fn decide_from_guest(&self, port: PortIndex, tags: &TagStack) -> GuestVerdict {
-        let Some(rules) = self.guests.get(port) else {
+        let Some(Some(rules)) = self.guests.get(port) else {
             return GuestVerdict::Drop(DropReason::UnmappedVlan);
         };
         let (rule, tci) = match tags.outer() {

@@ -98,17 +98,19 @@ pub struct Table {
     pub(super) inner: Vec<VlanIndex>,
     pub(super) entries: Vec<Entry>,
     pub(super) untagged: Option<UplinkRule>,
-    pub(super) guests: Vec<GuestRules>,
+    /// By port; `None` for a place without one.
+    pub(super) guests: Vec<Option<GuestRules>>,
     claims: Vec<(Tpid, Vid)>,
 }
 
 impl Table {
-    /// Compiles the ports' memberships; a port's position is its [`PortIndex`].
+    /// Compiles the ports' memberships; a port's position is its [`PortIndex`], and
+    /// positions may be empty (`None`).
     ///
     /// # Errors
     /// [`Conflict`] if two ports claim the same frames.
     pub fn compile<'m>(
-        memberships: impl IntoIterator<Item = &'m Membership>,
+        memberships: impl IntoIterator<Item: Into<Option<&'m Membership>>>,
     ) -> Result<Self, Conflict> {
         let mut table = Self {
             outer: VlanIndex::default(),
@@ -119,7 +121,10 @@ impl Table {
             claims: Vec::new(),
         };
         for (port, membership) in memberships.into_iter().enumerate() {
-            table.add(port, membership)?;
+            match membership.into() {
+                Some(membership) => table.add(port, membership)?,
+                None => table.guests.push(None),
+            }
         }
         Ok(table)
     }
@@ -133,11 +138,6 @@ impl Table {
     /// Whether a port takes the uplink's untagged frames.
     pub fn claims_untagged(&self) -> bool {
         self.untagged.is_some()
-    }
-
-    /// Number of ports.
-    pub fn ports(&self) -> usize {
-        self.guests.len()
     }
 
     fn add(&mut self, port: PortIndex, membership: &Membership) -> Result<(), Conflict> {
@@ -160,7 +160,7 @@ impl Table {
             }
             self.untagged = Some(UplinkRule { port, pop: 0, refuse_inner: false });
         }
-        self.guests.push(guest_rules(membership));
+        self.guests.push(Some(guest_rules(membership)));
         Ok(())
     }
 

@@ -251,6 +251,46 @@ impl Receiver {
         self.socket.try_clone().map(KernelCounter)
     }
 
+    /// Whether a whole burst is waiting: one look at memory.
+    #[inline]
+    pub fn has_burst(&self) -> bool {
+        let last = (self.next + BURST - 1) % self.ring.slots;
+        self.ring.status(last).load(Ordering::Relaxed) & libc::TP_STATUS_USER != 0
+    }
+
+    /// Frames waiting in the ring: a search among the status words, of which the
+    /// kernel sets one after the other.
+    pub fn waiting(&self) -> usize {
+        let (mut fewest, mut most) = (0, self.ring.slots - self.taken);
+        while fewest < most {
+            let middle = (fewest + most).div_ceil(2);
+            let slot = (self.next + middle - 1) % self.ring.slots;
+            if self.ring.status(slot).load(Ordering::Relaxed) & libc::TP_STATUS_USER != 0 {
+                fewest = middle;
+            } else {
+                most = middle - 1;
+            }
+        }
+        fewest
+    }
+
+    /// Slots of the ring.
+    pub fn slots(&self) -> usize {
+        self.ring.slots
+    }
+
+    /// Takes no more frames; those that have arrived stay. To be called before the
+    /// last look at a device, so that no frame slips in between that and its close.
+    ///
+    /// # Errors
+    /// The kernel's, when out of memory: frames flow on.
+    pub fn close_entrance(&self) -> Result<(), Errno> {
+        // BPF_RET | BPF_K with a length of 0: refuse every frame.
+        let mut refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
+        let program = libc::sock_fprog { len: 1, filter: &raw mut refuse };
+        set(self.socket.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    }
+
     /// Takes the error a device that went down leaves on the socket, so that
     /// polling does not report it for ever.
     pub fn clear_error(&self) -> Option<Errno> {

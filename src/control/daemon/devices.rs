@@ -1,0 +1,497 @@
+//! Devices in and out of the worker: creating taps, making devices ready, attaching
+//! them, and following them as they come, change and go.
+
+use super::Daemon;
+use super::ports::Attached;
+use crate::control::api::EventKind;
+use crate::control::host::FoundPort;
+use crate::control::links::{LinkEvent, LinkState};
+use crate::control::mapping::DeviceKind;
+use crate::control::parallel::in_parallel;
+use crate::control::start_error::StartError;
+use crate::dataplane::{Command, Departed, Notice, WorkerHandle};
+use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
+use crate::switch::PortIndex;
+use crate::sys::tap::{self, TapOptions};
+use nix::net::if_::if_nametoindex;
+use std::time::{Duration, Instant};
+use tracing::{debug, info, warn};
+
+/// How long a worker may take to answer.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// Tries to read netlink's news before waiting for the next.
+const READ_ATTEMPTS: usize = 3;
+
+/// A tap this run created.
+#[derive(Debug)]
+pub struct CreatedTap {
+    name: String,
+    index: Option<u32>,
+}
+
+/// A port's device, ready to be given to the worker.
+#[derive(Debug)]
+pub struct Opened {
+    position: PortIndex,
+    /// `None` for an internal port.
+    link: Option<LinkState>,
+    device: Device,
+}
+
+/// A port's device, made ready and not yet opened.
+#[derive(Debug)]
+struct Prepared {
+    position: PortIndex,
+    link: LinkState,
+}
+
+impl Daemon {
+    /// Makes the devices of these ports ready and opens them, creating the taps that
+    /// are missing. Ports whose device is yet to appear are left out.
+    ///
+    /// # Errors
+    /// [`StartError`]; what was done until then is for the caller to undo.
+    pub(super) fn open_ports(
+        &mut self,
+        positions: &[PortIndex],
+    ) -> Result<Vec<Opened>, StartError> {
+        self.create_taps(positions)?;
+        let mut opened = Vec::with_capacity(positions.len());
+        let mut prepared = Vec::with_capacity(positions.len());
+        for position in positions.iter().copied() {
+            let Some(port) = self.ports.get(position) else { continue };
+            let name = port.config.device.clone();
+            if port.config.kind == DeviceKind::Internal {
+                opened.push(self.open_internal(position, &name)?);
+            } else {
+                prepared.extend(self.prepare_named(position, &name)?);
+            }
+        }
+        // In a pass of their own: a tap going up without a VMM keeps the kernel's
+        // device lock busy for milliseconds (`linkwatch_do_dev`), and every request
+        // between two of them would wait for it.
+        for Prepared { link, .. } in &prepared {
+            self.host.bring_up(link.index)?;
+        }
+        let results = in_parallel(prepared, |Prepared { position, link }| {
+            let device = open(&link, NetdevOptions::Port)?;
+            Ok(Opened { position, link: Some(link), device })
+        });
+        for result in results {
+            opened.push(result?);
+        }
+        Ok(opened)
+    }
+
+    /// Creates the taps that are missing, all at once.
+    fn create_taps(&mut self, positions: &[PortIndex]) -> Result<(), StartError> {
+        let missing = positions.iter().filter_map(|position| {
+            let config = &self.ports.get(*position)?.config;
+            let DeviceKind::Netdev { create: Some(tap) } = &config.kind else { return None };
+            let name = &config.device;
+            self.monitor.links().by_name(name).is_none().then(|| TapOptions {
+                owner: tap.owner,
+                group: tap.group,
+                multi_queue: tap.queues > 1,
+                persistent: true,
+                vnet_header: true,
+                ..TapOptions::new(name.clone())
+            })
+        });
+        let results = in_parallel(missing.collect(), |options| {
+            let created = tap::create(&options).map(|()| if_nametoindex(options.name.as_str()));
+            (options.name, created)
+        });
+        let mut result = Ok(());
+        for (name, created) in results {
+            match created {
+                Ok(index) => {
+                    debug!("{name}: created a tap");
+                    self.created.push(CreatedTap { name, index: index.ok() });
+                    if let Err(errno) = index {
+                        result = Err(StartError::Control(errno.into()));
+                    }
+                }
+                Err(source) => result = Err(StartError::Tap { name, source }),
+            }
+        }
+        result
+    }
+
+    /// Makes a port's device ready if it is there.
+    fn prepare_named(
+        &mut self,
+        position: PortIndex,
+        name: &str,
+    ) -> Result<Option<Prepared>, StartError> {
+        let created = self.created.iter().find(|tap| tap.name == name).and_then(|tap| tap.index);
+        let link = match created {
+            Some(index) => Some(self.host.link(index)?),
+            None => self.monitor.links().by_name(name).cloned(),
+        };
+        match link {
+            Some(link) => self.prepare_port(position, link, created.is_some()).map(Some),
+            None => {
+                info!("{name}: waiting for it to appear");
+                Ok(None)
+            }
+        }
+    }
+
+    fn prepare_port(
+        &mut self,
+        position: PortIndex,
+        link: LinkState,
+        created: bool,
+    ) -> Result<Prepared, StartError> {
+        let found = self.host.prepare_port(&link, created)?;
+        if found.is_none() {
+            // Not those to be given back: that would take as long again when stopping.
+            self.unsettled.push(link.index);
+        }
+        if let Some(port) = self.ports.get_mut(position) {
+            // Held here from now on, so that it is given back whatever happens next.
+            port.attached = Some(Attached { index: Some(link.index), counter: None, found });
+        }
+        Ok(Prepared { position, link })
+    }
+
+    fn open_internal(&mut self, position: PortIndex, name: &str) -> Result<Opened, StartError> {
+        let existed = self.monitor.links().by_name(name).is_some();
+        let options = TapOptions { vnet_header: true, persistent: true, ..TapOptions::new(name) };
+        let queue = tap::open_queue(&options)
+            .map_err(|source| StartError::Tap { name: name.to_owned(), source })?;
+        if !existed {
+            let index = if_nametoindex(name).ok();
+            self.created.push(CreatedTap { name: name.to_owned(), index });
+        }
+        if let Some(port) = self.ports.get_mut(position) {
+            port.attached = Some(Attached { index: None, counter: None, found: None });
+        }
+        let device = Device::Internal(InternalPort::new(queue.fd));
+        Ok(Opened { position, link: None, device })
+    }
+
+    /// Gives opened devices to the worker, which must know their ports.
+    ///
+    /// # Errors
+    /// [`StartError`] when out of file descriptors.
+    pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) -> Result<(), StartError> {
+        for Opened { position, link, device } in opened {
+            let counter = device.kernel_counter()?;
+            let now = link.map(|link| self.host.link(link.index).unwrap_or(link));
+            if let Some(port) = self.ports.get_mut(position) {
+                match &now {
+                    Some(link) => publish(&port.shared.link, Some(link)),
+                    // Its netdev may live in another namespace: what it takes, it takes.
+                    None => port.shared.link.set(DeviceState::Up, u32::MAX),
+                }
+                port.watched.see_state(port.shared.link.state());
+                if let Some(attached) = &mut port.attached {
+                    attached.counter = counter;
+                }
+            }
+            self.command(Command::Attach(Some(position), Box::new(device)));
+        }
+        Ok(())
+    }
+
+    /// Attaches a device that has just appeared.
+    fn adopt(&mut self, position: PortIndex, link: &LinkState) -> Result<(), StartError> {
+        let prepared = self.prepare_port(position, link.clone(), false)?;
+        let up = self.host.bring_up(link.index).map_err(StartError::from);
+        let result = up.and_then(|()| {
+            let device = open(link, NetdevOptions::Port)?;
+            let Prepared { position, link } = prepared;
+            self.attach_ports(vec![Opened { position, link: Some(link), device }])
+        });
+        if result.is_err() {
+            self.give_back(position, None);
+        }
+        result
+    }
+
+    /// Forgets a port's device and gives it back; `name` is what it is called now.
+    fn give_back(&mut self, position: PortIndex, name: Option<&str>) {
+        let Some(attached) = self.ports.get_mut(position).and_then(|port| port.attached.take())
+        else {
+            return;
+        };
+        self.unsettled.retain(|unsettled| Some(*unsettled) != attached.index);
+        if let Some(found) = attached.found {
+            self.host.give_port_back(&found.renamed(name));
+        }
+    }
+
+    pub(super) fn attach_uplink(&mut self, link: &LinkState) -> Result<(), StartError> {
+        let found = self.host.prepare_uplink(link, self.uplink.mtu)?;
+        let opened = open(link, NetdevOptions::Uplink(&self.uplink.filter))
+            .and_then(|device| Ok((device.kernel_counter()?, device)));
+        let (counter, device) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.host.give_uplink_back(&found);
+                return Err(error);
+            }
+        };
+        let now = self.host.link(link.index).unwrap_or_else(|_| link.clone());
+        publish(&self.uplink.shared.link, Some(&now));
+        self.uplink.watched.see_state(self.uplink.shared.link.state());
+        if !now.up {
+            warn!("uplink {0} is down: `ip link set {0} up`", self.name);
+        }
+        self.uplink.attached = Some((link.index, counter, found));
+        self.command(Command::Attach(None, Box::new(device)));
+        Ok(())
+    }
+
+    pub(super) fn command(&self, command: Command) {
+        if let Some(worker) = &self.worker {
+            worker.send(command);
+        }
+    }
+
+    /// Brings ports and uplink in line with what netlink tells.
+    pub(super) fn follow_links(&mut self) {
+        let mut events = Vec::new();
+        // After an error another call makes up for what was missed: the next tick's.
+        for _ in 0..READ_ATTEMPTS {
+            match self.monitor.read_events(|event| events.push(event)) {
+                Ok(()) => break,
+                Err(error) => warn!("{error}"),
+            }
+        }
+        for event in events {
+            if let Some(old) = event.departed() {
+                self.device_left(old.index, event.arrived().map(|new| new.name.as_str()));
+            }
+            if let Some(new) = event.arrived() {
+                self.device_came(new);
+            }
+            if let LinkEvent::Changed { new, .. } = &event {
+                self.device_changed(new);
+            }
+        }
+        self.publish_all();
+    }
+
+    /// The monitor's table is the truth: what was read from a device while it was
+    /// attached may have been a moment that no event speaks of.
+    fn publish_all(&self) {
+        let links = self.monitor.links();
+        for (_, port) in self.ports.iter() {
+            if let Some(link) = port.index().and_then(|index| links.by_index(index)) {
+                publish(&port.shared.link, Some(link));
+            }
+        }
+        if let Some(link) =
+            self.uplink.attached.as_ref().and_then(|(index, ..)| links.by_index(*index))
+        {
+            publish(&self.uplink.shared.link, Some(link));
+        }
+    }
+
+    /// A device no longer has its name: it is gone, or has a new one.
+    fn device_left(&mut self, index: u32, new_name: Option<&str>) {
+        if self.uplink.attached.as_ref().is_some_and(|(attached, ..)| *attached == index) {
+            warn!("uplink {} is gone: waiting for it to come back", self.name);
+            publish(&self.uplink.shared.link, None);
+            self.uplink.watched.see_state(DeviceState::Absent);
+            self.command(Command::Detach(None));
+            self.await_departure(None);
+            self.count_overruns();
+            if let Some((_, _, found)) = self.uplink.attached.take() {
+                self.host.give_uplink_back(&found.renamed(new_name));
+            }
+            let text = format!("uplink {}: gone, waiting for it to come back", self.name);
+            self.tell(EventKind::UplinkDetached, Some(&self.name.clone()), text);
+        } else if let Some((position, port)) = self.ports.by_index(index) {
+            let name = port.config.device.clone();
+            publish(&port.shared.link, None);
+            port.watched.see_state(DeviceState::Absent);
+            self.detach_port(position, new_name);
+            let text = format!("{name}: gone, waiting for it to come back");
+            self.tell(EventKind::PortDetached, Some(&name), text);
+        }
+    }
+
+    /// Takes a port's device out of the worker and gives it back; `name` is what it is
+    /// called now, if it was renamed.
+    pub(super) fn detach_port(&mut self, position: PortIndex, name: Option<&str>) {
+        self.command(Command::Detach(Some(position)));
+        self.await_departure(Some(position));
+        self.count_overruns();
+        self.give_back(position, name);
+    }
+
+    /// Waits until the worker has given a device back, and closes it.
+    fn await_departure(&mut self, port: Option<PortIndex>) {
+        self.await_notice(|notice| {
+            matches!(notice, Notice::Departed(departed) if departed.port == port)
+        });
+    }
+
+    /// Waits until the worker decides by the table it was sent last.
+    pub(super) fn await_switch(&mut self) {
+        self.await_notice(|notice| matches!(notice, Notice::Switched));
+    }
+
+    fn await_notice(&mut self, is_it: impl Fn(&Notice) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let Some(worker) = &self.worker else { return };
+            let Ok(notice) = worker.notices.recv_deadline(deadline) else {
+                warn!("a worker does not answer");
+                return;
+            };
+            let found = is_it(&notice);
+            self.take_notice(notice);
+            if found {
+                return;
+            }
+        }
+    }
+
+    /// Takes what the worker had to say since the last look.
+    pub(super) fn take_notices(&mut self) {
+        while let Some(notice) =
+            self.worker.as_ref().and_then(|worker| worker.notices.try_recv().ok())
+        {
+            self.take_notice(notice);
+        }
+    }
+
+    fn take_notice(&mut self, notice: Notice) {
+        let Notice::Departed(Departed { port, error: Some(error), device }) = notice else {
+            // The device it may hold is closed here.
+            return;
+        };
+        drop(device);
+        match port {
+            None => {
+                warn!("uplink {}: cannot be polled: {error}", self.name);
+                if let Some((_, _, found)) = self.uplink.attached.take() {
+                    self.host.give_uplink_back(&found);
+                }
+            }
+            Some(position) => {
+                if let Some(port) = self.ports.get(position) {
+                    warn!("{}: cannot be polled: {error}", port.config.device);
+                }
+                self.give_back(position, None);
+            }
+        }
+    }
+
+    fn device_came(&mut self, link: &LinkState) {
+        if link.name == self.name && self.uplink.attached.is_none() {
+            match self.attach_uplink(link) {
+                Ok(()) => {
+                    let text = format!("uplink {}: back", self.name);
+                    self.tell(EventKind::UplinkAttached, Some(&link.name), text);
+                }
+                Err(error) => warn!("uplink {}: cannot attach: {error}", self.name),
+            }
+            return;
+        }
+        let waiting = self.ports.by_device(&link.name);
+        let waiting = waiting.filter(|(_, port)| port.attached.is_none());
+        if let Some(position) = waiting.map(|(position, _)| position) {
+            match self.adopt(position, link) {
+                Ok(()) => {
+                    let text = format!("{}: attached", link.name);
+                    self.tell(EventKind::PortAttached, Some(&link.name), text);
+                }
+                Err(StartError::Host(error)) if error.is_device_gone() => {}
+                Err(error) => warn!("{}: cannot attach: {error}", link.name),
+            }
+        }
+    }
+
+    fn device_changed(&mut self, link: &LinkState) {
+        let (name, place, watched) =
+            if self.uplink.attached.as_ref().is_some_and(|(index, ..)| *index == link.index) {
+                let uplink = &mut self.uplink;
+                (format!("uplink {}", link.name), &uplink.shared.link, &mut uplink.watched)
+            } else if let Some((_, port)) = self.ports.by_index(link.index) {
+                (link.name.clone(), &port.shared.link, &mut port.watched)
+            } else {
+                return;
+            };
+        publish(place, Some(link));
+        let state = place.state();
+        if state != watched.state {
+            watched.see_state(state);
+            self.tell(EventKind::Link, Some(&link.name), format!("{name}: {}", state.name()));
+        }
+    }
+
+    pub(super) fn count_overruns(&self) {
+        if let Some((_, Some(counter), _)) = &self.uplink.attached {
+            self.uplink.shared.from_wire.add_overruns(counter.take().overruns);
+        }
+        for (_, port) in self.ports.iter() {
+            if let Some(counter) =
+                port.attached.as_ref().and_then(|attached| attached.counter.as_ref())
+            {
+                port.shared.from_guest.add_overruns(counter.take().overruns);
+            }
+        }
+    }
+
+    /// Stops the worker and puts back what the kernel does not undo itself.
+    pub(super) fn stop(&mut self) {
+        let departed = self.worker.take().map(WorkerHandle::finish).unwrap_or_default();
+        self.count_overruns();
+        let ports = self.ports.iter_mut().filter_map(|(_, port)| port.attached.take()?.found);
+        let ports: Vec<FoundPort> = ports.collect();
+        let uplink = self.uplink.attached.take().map(|(_, _, found)| found);
+        let devices = departed.into_iter().filter_map(|departed| departed.device);
+        let parts = devices.flat_map(|device| device.into_parts());
+        in_parallel(parts.collect(), drop::<DevicePart>);
+        for found in ports {
+            self.host.give_port_back(&found);
+        }
+        if let Some(found) = uplink {
+            self.host.give_uplink_back(&found);
+        }
+    }
+
+    /// How many taps this run has created.
+    pub(super) fn created(&self) -> usize {
+        self.created.len()
+    }
+
+    /// Removes the taps this run has created, but for the first `keep`.
+    pub(super) fn remove_created(&mut self, keep: usize) {
+        for CreatedTap { name, index } in self.created.drain(keep..) {
+            if let Some(index) = index.or_else(|| if_nametoindex(name.as_str()).ok()) {
+                self.host.delete(&name, index);
+            }
+        }
+    }
+
+    /// Undoes [`Daemon::open_ports`] for ports that were never given to the worker.
+    pub(super) fn close_ports(&mut self, positions: &[PortIndex], created_before: usize) {
+        for position in positions {
+            self.give_back(*position, None);
+        }
+        self.remove_created(created_before);
+    }
+}
+
+fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartError> {
+    NetdevPort::open(link.index, options)
+        .map(Device::Netdev)
+        .map_err(|source| StartError::Packet { name: link.name.clone(), source })
+}
+
+fn publish(place: &Link, link: Option<&LinkState>) {
+    let state = match link {
+        None => DeviceState::Absent,
+        Some(link) if !link.up => DeviceState::Down,
+        Some(link) if !link.carrier => DeviceState::NoCarrier,
+        Some(_) => DeviceState::Up,
+    };
+    place.set(state, link.map_or(u32::MAX, |link| link.mtu));
+}

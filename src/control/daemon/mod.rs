@@ -1,0 +1,300 @@
+//! The daemon: start, follow the devices, answer signals and callers, stop.
+//!
+//! Everything is checked before anything is changed, and what was changed is put
+//! back when a later step fails. Once forwarding, this thread only reacts: to
+//! signals, to netlink's news about devices, to callers of the control socket, and
+//! once a second to the clock.
+
+mod answer;
+mod change;
+mod devices;
+mod ports;
+mod watch;
+
+use crate::control::api::{Event, EventKind};
+use crate::control::cli::{Config, LogFormat};
+use crate::control::host::{FoundUplink, Host};
+use crate::control::links::LinkMonitor;
+use crate::control::server::{Server, bind_control};
+use crate::control::start_error::StartError;
+use crate::control::{checks, privileges, probe};
+use crate::dataplane::{Abilities, UplinkShared, Worker, WorkerHandle};
+use crate::sys::bpf::UplinkFilter;
+use crate::sys::packet::KernelCounter;
+use devices::CreatedTap;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use ports::Ports;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+use watch::{TICK, Watched, WatchedWorker, wall_clock};
+
+const SIGNALS: Token = Token(0);
+const LINKS: Token = Token(1);
+/// The server's tokens begin here.
+const SERVER: usize = 2;
+/// Calls answered before signals and devices have their turn again.
+const CALLS_PER_TURN: usize = 16;
+/// Between two seals moved: each holds the kernel's device lock for a while.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+struct Uplink {
+    shared: Arc<UplinkShared>,
+    filter: UplinkFilter,
+    mtu: Option<u32>,
+    attached: Option<(u32, Option<KernelCounter>, FoundUplink)>,
+    watched: Watched,
+}
+
+/// The running switch.
+#[derive(Debug)]
+pub struct Daemon {
+    name: String,
+    config: Config,
+    started: u64,
+    host: Host,
+    monitor: LinkMonitor,
+    uplink: Uplink,
+    ports: Ports,
+    worker: Option<WorkerHandle>,
+    watched_worker: WatchedWorker,
+    abilities: Abilities,
+    /// What ports sent that have been removed since.
+    retired: crate::control::api::Sent,
+    /// Taps this run created: removed if it does not get as far as forwarding.
+    created: Vec<CreatedTap>,
+    /// Devices whose seal has not been moved to where it costs least.
+    unsettled: Vec<u32>,
+    poll: Poll,
+    signals: SignalFd,
+    server: Server,
+    /// Held for as long as the uplink is ours.
+    _claim: UnixListener,
+}
+
+impl Daemon {
+    /// Starts the switch: it forwards when this returns.
+    ///
+    /// # Errors
+    /// [`StartError`]; everything is then as it was before.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        privileges::check()?;
+        checks::file_limit(config.ports.len())?;
+        let signals = block_signals()?;
+        let monitor = LinkMonitor::new()?;
+        checks::devices(&config, monitor.links())?;
+        let claim = claim_uplink(&config.uplink)?;
+        let probe = probe::start();
+        let poll = Poll::new()?;
+        let server = listen(&config, &poll)?;
+        let filter = UplinkFilter::new()?;
+        for (tpid, vid) in config.table.claims() {
+            filter.claim(tpid.index(), vid.get(), true)?;
+        }
+        filter.claim_untagged(config.table.claims_untagged())?;
+        let mtu = checks::uplink_mtu(&config, monitor.links());
+        let shared = Arc::<UplinkShared>::default();
+        let watched = Watched::default();
+        let ports = Ports::new(config.ports.clone());
+        let abilities = probe.finish();
+        let (worker, commands, notices) = Worker::new(
+            Arc::new(config.table.clone()),
+            Arc::clone(&shared),
+            ports.iter().map(|(_, port)| Arc::clone(&port.shared)),
+            abilities,
+            config.poll,
+        )?;
+        let mut daemon = Self {
+            name: config.uplink.clone(),
+            config,
+            started: wall_clock(),
+            host: Host::new()?,
+            monitor,
+            uplink: Uplink { shared, filter, mtu, attached: None, watched },
+            ports,
+            worker: Some(worker.spawn(commands, notices)?),
+            watched_worker: WatchedWorker::default(),
+            abilities,
+            retired: Default::default(),
+            created: Vec::new(),
+            unsettled: Vec::new(),
+            poll,
+            signals,
+            server,
+            _claim: claim,
+        };
+        match daemon.attach_all() {
+            Ok(()) => Ok(daemon),
+            Err(error) => {
+                daemon.stop();
+                daemon.remove_created(0);
+                Err(error)
+            }
+        }
+    }
+
+    fn attach_all(&mut self) -> Result<(), StartError> {
+        let registry = self.poll.registry();
+        registry.register(&mut SourceFd(&self.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&self.monitor.as_raw_fd()), LINKS, Interest::READABLE)?;
+        let opened = self.open_ports(&self.ports.positions())?;
+        self.attach_ports(opened)?;
+        // The uplink comes last, so that no frame meets a port not yet attached.
+        if let Some(link) = self.monitor.links().by_name(&self.name).cloned() {
+            self.attach_uplink(&link)?;
+        }
+        // Carrier and state may have changed through what was set just now.
+        self.follow_links();
+        Ok(())
+    }
+
+    /// Forwards until a signal says to stop. Gives `announce` the line that says
+    /// so, and `show` each report asked for, the last one included.
+    ///
+    /// # Errors
+    /// When the control loop itself fails.
+    pub fn run(
+        mut self,
+        announce: impl FnOnce(&str),
+        mut show: impl FnMut(&str),
+    ) -> io::Result<()> {
+        announce(&self.banner());
+        let result = self.react(&mut show);
+        self.stop();
+        show(&self.report());
+        result
+    }
+
+    fn banner(&self) -> String {
+        let ports = self.ports.len();
+        let plural = if ports == 1 { "" } else { "s" };
+        format!("forwarding: uplink {}, {ports} port{plural}, datapath packet", self.name)
+    }
+
+    fn react(&mut self, show: &mut impl FnMut(&str)) -> io::Result<()> {
+        let mut events = Events::with_capacity(64);
+        let mut next_tick = Instant::now();
+        loop {
+            match self.poll.poll(&mut events, Some(self.time_to_wait(next_tick))) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                _ => {}
+            }
+            let now = Instant::now();
+            if now >= next_tick {
+                self.tick(now);
+                self.take_notices();
+                next_tick = now + TICK;
+            }
+            if events.is_empty()
+                && let Some(index) = self.unsettled.pop()
+            {
+                self.host.settle_seal(index);
+            }
+            for event in &events {
+                match event.token() {
+                    SIGNALS => {
+                        if self.answer_signals(show).is_break() {
+                            return Ok(());
+                        }
+                    }
+                    LINKS => self.follow_links(),
+                    token => self.server.note(token, self.poll.registry()),
+                }
+            }
+            self.serve(now);
+        }
+    }
+
+    fn time_to_wait(&self, next_tick: Instant) -> Duration {
+        if self.server.has_work() {
+            return Duration::ZERO;
+        }
+        let deadline = self.server.deadline().map_or(next_tick, |due| due.min(next_tick));
+        let wait = deadline.saturating_duration_since(Instant::now());
+        if self.unsettled.is_empty() { wait } else { wait.min(SETTLE_INTERVAL) }
+    }
+
+    fn answer_signals(&mut self, show: &mut impl FnMut(&str)) -> ControlFlow<()> {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            match Signal::try_from(signal.ssi_signo.cast_signed()) {
+                Ok(Signal::SIGUSR1) => {
+                    self.count_overruns();
+                    show(&self.report());
+                }
+                Ok(Signal::SIGHUP) => self.reload_by_signal(),
+                _ => {
+                    info!("stopping");
+                    return ControlFlow::Break(());
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Answers callers, each in turn and no more than a few.
+    fn serve(&mut self, now: Instant) {
+        for _ in 0..CALLS_PER_TURN {
+            let Some((client, wish)) = self.server.next_call(now) else { break };
+            self.answer(client, wish, now);
+        }
+        while let Some((client, wish)) = self.server.next_due(now) {
+            self.answer(client, wish, now);
+        }
+    }
+
+    /// Tells whoever listens, and the log.
+    fn tell(&mut self, kind: EventKind, device: Option<&str>, text: String) {
+        match kind {
+            EventKind::Seal | EventKind::Overload => warn!("{text}"),
+            _ => info!("{text}"),
+        }
+        let device = device.map(str::to_owned);
+        self.server.tell(&Event { time: wall_clock(), kind, device, text });
+    }
+
+    fn report(&self) -> String {
+        let report = self.counters();
+        match self.config.log_format {
+            LogFormat::Text => report.to_text(),
+            LogFormat::Json => report.to_json() + "\n",
+        }
+    }
+}
+
+/// Listens on the sockets of the configuration.
+fn listen(config: &Config, poll: &Poll) -> Result<Server, StartError> {
+    let mut listeners = Vec::new();
+    if let Some(path) = &config.control {
+        listeners.push(bind_control(path)?);
+    }
+    Ok(Server::new(listeners, poll.registry(), SERVER)?)
+}
+
+/// Keeps a second vlanswitchd off the uplink: each frame would arrive twice. The
+/// name is one of this network namespace, like the uplink's, and goes with us.
+fn claim_uplink(uplink: &str) -> Result<UnixListener, StartError> {
+    let address = SocketAddr::from_abstract_name(format!("vlanswitchd/{uplink}"))?;
+    UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => StartError::UplinkTaken(uplink.to_owned()),
+        _ => StartError::Control(error),
+    })
+}
+
+fn block_signals() -> Result<SignalFd, io::Error> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1] {
+        set.add(signal);
+    }
+    // Before any thread starts: they inherit the mask.
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
+}

@@ -1,0 +1,141 @@
+//! The ports by position, name and device. A position is a port's [`PortIndex`] in
+//! the worker and stays its own until it is removed; it is then given to a later
+//! one. People see ports in the order of the configuration.
+
+use crate::control::daemon::watch::Watched;
+use crate::control::host::FoundPort;
+use crate::control::mapping::PortConfig;
+use crate::dataplane::PortShared;
+use crate::switch::PortIndex;
+use crate::sys::packet::KernelCounter;
+use std::sync::Arc;
+
+/// A port.
+#[derive(Debug)]
+pub struct Port {
+    /// Its configuration.
+    pub config: PortConfig,
+    /// What its worker counts.
+    pub shared: Arc<PortShared>,
+    /// Its device, while it is in the worker.
+    pub attached: Option<Attached>,
+    /// What the clock's ticks have seen of it.
+    pub watched: Watched,
+}
+
+impl Port {
+    /// A port without a device.
+    pub fn new(config: PortConfig) -> Self {
+        Self { config, shared: Arc::default(), attached: None, watched: Watched::default() }
+    }
+
+    /// Its device's index, while it is attached and not an internal one.
+    pub fn index(&self) -> Option<u32> {
+        self.attached.as_ref().and_then(|attached| attached.index)
+    }
+}
+
+/// A port's device while it is in the worker.
+#[derive(Debug)]
+pub struct Attached {
+    /// `None` for an internal port, which is ours wherever its netdev goes.
+    pub index: Option<u32>,
+    /// The kernel's own counts.
+    pub counter: Option<KernelCounter>,
+    /// What to put back.
+    pub found: Option<FoundPort>,
+}
+
+/// All ports.
+#[derive(Debug, Default)]
+pub struct Ports {
+    places: Vec<Option<Port>>,
+    order: Vec<PortIndex>,
+}
+
+impl Ports {
+    /// Ports of these configurations, without devices.
+    pub fn new(configs: Vec<PortConfig>) -> Self {
+        let places: Vec<_> =
+            configs.into_iter().map(|config| Some(Port::new(config))).collect();
+        Self { order: (0..places.len()).collect(), places }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// The port at a position.
+    pub fn get(&self, position: PortIndex) -> Option<&Port> {
+        self.places.get(position)?.as_ref()
+    }
+
+    /// The port at a position.
+    pub fn get_mut(&mut self, position: PortIndex) -> Option<&mut Port> {
+        self.places.get_mut(position)?.as_mut()
+    }
+
+    /// All ports, in the order of the configuration.
+    pub fn iter(&self) -> impl Iterator<Item = (PortIndex, &Port)> {
+        self.order.iter().filter_map(|position| Some((*position, self.get(*position)?)))
+    }
+
+    /// All ports, by position.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (PortIndex, &mut Port)> {
+        let ports = self.places.iter_mut().enumerate();
+        ports.filter_map(|(position, port)| Some((position, port.as_mut()?)))
+    }
+
+    /// All positions, in the order of the configuration.
+    pub fn positions(&self) -> Vec<PortIndex> {
+        self.order.clone()
+    }
+
+    /// The port configured for a device of this name.
+    pub fn by_device(&self, name: &str) -> Option<(PortIndex, &Port)> {
+        self.iter().find(|(_, port)| port.config.device == name)
+    }
+
+    /// The port with the device of this index.
+    pub fn by_index(&mut self, index: u32) -> Option<(PortIndex, &mut Port)> {
+        self.iter_mut().find(|(_, port)| port.index() == Some(index))
+    }
+
+    /// Positions for this many new ports: free ones first.
+    pub fn free_positions(&self, count: usize) -> Vec<PortIndex> {
+        let free = self.places.iter().enumerate();
+        let free = free.filter(|(_, place)| place.is_none()).map(|(position, _)| position);
+        free.chain(self.places.len()..).take(count).collect()
+    }
+
+    /// Puts a port at a free position.
+    pub fn insert(&mut self, position: PortIndex, port: Port) {
+        if self.places.len() <= position {
+            self.places.resize_with(position + 1, || None);
+        }
+        if let Some(place) = self.places.get_mut(position) {
+            *place = Some(port);
+            self.order.push(position);
+        }
+    }
+
+    /// Takes a port out.
+    pub fn remove(&mut self, position: PortIndex) -> Option<Port> {
+        self.order.retain(|other| *other != position);
+        self.places.get_mut(position)?.take()
+    }
+
+    /// Sets the order people see.
+    pub fn set_order(&mut self, order: Vec<PortIndex>) {
+        self.order = order;
+    }
+
+    /// Each position's configuration, empty positions included.
+    pub fn memberships(&self) -> Vec<Option<&crate::switch::Membership>> {
+        self.places
+            .iter()
+            .map(|place| place.as_ref().map(|port| &port.config.membership))
+            .collect()
+    }
+}
