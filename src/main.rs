@@ -6,17 +6,29 @@ use std::io::Write;
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
 use vlanswitchd::control::cli::{Arguments, Config, LogFormat};
+use vlanswitchd::control::config::check;
 use vlanswitchd::control::daemon::Daemon;
 
 /// Exit status for wrong arguments or configuration, the one clap uses too.
 const WRONG_CONFIGURATION: u8 = 2;
 
 fn main() -> ExitCode {
-    let config = match Config::try_from(Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let check_only = arguments.is_check();
+    let config = match Config::load(arguments) {
         Ok(config) => config,
-        Err(error) => return complain(&error, WRONG_CONFIGURATION),
+        Err(errors) => return complain_of_all(errors.0, WRONG_CONFIGURATION),
     };
     start_logging(config.log_format, config.verbosity);
+    if check_only {
+        return match check::host(&config) {
+            Ok(line) => {
+                print(&format!("{line}\n"));
+                ExitCode::SUCCESS
+            }
+            Err(errors) => complain_of_all(errors, WRONG_CONFIGURATION),
+        };
+    }
     let daemon = match Daemon::start(config) {
         Ok(daemon) => daemon,
         Err(error) => {
@@ -56,6 +68,13 @@ fn print(text: &str) {
     // A closed standard output must not stop the switch.
     let _ = std::io::stdout().write_all(text.as_bytes());
     let _ = std::io::stdout().flush();
+}
+
+fn complain_of_all<E: Display>(errors: Vec<E>, status: u8) -> ExitCode {
+    for error in errors {
+        complain(&error, status);
+    }
+    ExitCode::from(status)
 }
 
 fn complain(error: &dyn Display, status: u8) -> ExitCode {

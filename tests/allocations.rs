@@ -13,7 +13,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
-use vlanswitchd::control::mapping::parse_all;
+use vlanswitchd::control::mapping;
 use vlanswitchd::dataplane::{Abilities, PollMode, PortShared, UplinkShared, Worker};
 use vlanswitchd::frame::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4};
 use vlanswitchd::frame::{Tag, Tci, Tpid, VnetHeader};
@@ -93,8 +93,9 @@ fn guest() -> MemoryPort {
 
 #[test]
 fn the_steady_state_allocates_nothing() {
-    let maps: Vec<String> = (0..PORTS).map(|port| format!("{}=t{port}", 101 + port)).collect();
-    let (_, table) = parse_all(&maps, "up", Tpid::Customer).unwrap();
+    let map = |port| mapping::argument(&format!("{}=t{port}", 101 + port)).unwrap();
+    let specs: Vec<_> = (0..PORTS).map(map).collect();
+    let (_, table) = mapping::build_all(&specs, None, Tpid::Customer).unwrap();
     let shared: Vec<Arc<PortShared>> = (0..PORTS).map(|_| Arc::default()).collect();
     let uplink_shared = Arc::<UplinkShared>::default();
     uplink_shared.link.set(DeviceState::Up, 1500);

@@ -2,7 +2,7 @@
 
 use crate::control::cli::Config;
 use crate::control::links::Links;
-use crate::control::mapping::{DeviceKind, TapConfig, is_reserved};
+use crate::control::mapping::{DeviceKind, PortConfig, TapConfig, is_reserved};
 use crate::control::mtu;
 use crate::control::start_error::StartError;
 use crate::sys::tap;
@@ -15,27 +15,41 @@ use tracing::{info, warn};
 /// # Errors
 /// [`StartError`] for the first device that cannot be used.
 pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
-    let uplink =
-        links.by_name(&config.uplink).ok_or_else(|| StartError::NoUplink(config.uplink.clone()))?;
-    if !uplink.is_ethernet {
-        return Err(StartError::UplinkNotEthernet(config.uplink.clone()));
+    uplink(&config.uplink, links)?;
+    config.ports.iter().try_for_each(|config| port(config, links))
+}
+
+/// Refuses a device that cannot be the uplink.
+///
+/// # Errors
+/// [`StartError`].
+pub fn uplink(name: &str, links: &Links) -> Result<(), StartError> {
+    match links.by_name(name) {
+        None => Err(StartError::NoUplink(name.to_owned())),
+        Some(link) if !link.is_ethernet => Err(StartError::UplinkNotEthernet(name.to_owned())),
+        Some(_) => Ok(()),
     }
-    for port in &config.ports {
-        let name = port.device.clone();
-        let internal = port.kind == DeviceKind::Internal;
-        match (links.by_name(&name), &port.kind) {
-            (Some(link), _) if !link.is_ethernet => return Err(StartError::PortNotEthernet(name)),
-            (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
-                return Err(StartError::InternalTaken(name));
-            }
-            (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) })
-                if is_reserved(&name) =>
-            {
-                return Err(StartError::ReservedName(name));
-            }
-            (Some(_), DeviceKind::Netdev { create: Some(wanted) }) => check_tap(&name, wanted),
-            _ => {}
+}
+
+/// Refuses a device that cannot be this port, warns about one that is not as wanted.
+///
+/// # Errors
+/// [`StartError`].
+pub fn port(port: &PortConfig, links: &Links) -> Result<(), StartError> {
+    let name = port.device.clone();
+    let internal = port.kind == DeviceKind::Internal;
+    match (links.by_name(&name), &port.kind) {
+        (Some(link), _) if !link.is_ethernet => return Err(StartError::PortNotEthernet(name)),
+        (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
+            return Err(StartError::InternalTaken(name));
         }
+        (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) })
+            if is_reserved(&name) =>
+        {
+            return Err(StartError::ReservedName(name));
+        }
+        (Some(_), DeviceKind::Netdev { create: Some(wanted) }) => check_tap(&name, wanted),
+        _ => {}
     }
     Ok(())
 }
@@ -73,8 +87,9 @@ fn check_tap(name: &str, wanted: &TapConfig) {
         );
     }
     for (option, wanted, found) in
-        [("owner", wanted.owner, tap.owner), ("group", wanted.group, tap.group)]
+        [("owner", &wanted.owner, tap.owner), ("group", &wanted.group, tap.group)]
     {
+        let wanted = wanted.as_ref().map(|account| account.id);
         if wanted.is_some() && wanted != found {
             let found = found.map_or_else(|| "none".to_owned(), |id| id.to_string());
             warn!("{name}: its {option} is {found}, not the one asked for: {cure}");

@@ -4,6 +4,7 @@
 pub mod api;
 mod checks;
 pub mod cli;
+pub mod config;
 pub mod daemon;
 mod host;
 pub mod links;

@@ -23,6 +23,17 @@ pub enum Vlans {
     },
 }
 
+impl Vlans {
+    /// The mode of a port with these VLANs that names none (DESIGN §2).
+    pub fn default_mode(&self) -> Mode {
+        match self {
+            Self::Untagged => Mode::Access,
+            Self::One(_) | Self::Double { .. } => Mode::Tunnel,
+            Self::List(_) => Mode::Trunk,
+        }
+    }
+}
+
 impl fmt::Display for Vlans {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -137,11 +148,7 @@ impl Membership {
         inner_tpid: Option<Tpid>,
         priority: Priority,
     ) -> Result<Self, MembershipError> {
-        let mode = mode.unwrap_or(match vlans {
-            Vlans::Untagged => Mode::Access,
-            Vlans::One(_) | Vlans::Double { .. } => Mode::Tunnel,
-            Vlans::List(_) => Mode::Trunk,
-        });
+        let mode = mode.unwrap_or_else(|| vlans.default_mode());
         match (&vlans, mode) {
             (Vlans::Untagged, Mode::Tunnel | Mode::Trunk) => {
                 return Err(MembershipError::UntaggedMode(mode));

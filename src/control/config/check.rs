@@ -1,0 +1,40 @@
+//! `--check`: what the host says to a configuration, without privileges and without
+//! changing anything.
+
+use super::Config;
+use crate::control::checks;
+use crate::control::links::LinkMonitor;
+use crate::control::start_error::StartError;
+use tracing::warn;
+
+/// Looks at the devices as a start would. One that is not there is only warned
+/// about: a configuration may be written before the hardware is in, or elsewhere.
+/// Returns the line that says all is well.
+///
+/// # Errors
+/// A [`StartError`] for each device that is there and cannot be used, and for names
+/// that cannot be created.
+pub fn host(config: &Config) -> Result<String, Vec<StartError>> {
+    let monitor = LinkMonitor::new().map_err(|error| vec![error.into()])?;
+    let links = monitor.links();
+    let mut errors = Vec::new();
+    match checks::uplink(&config.uplink, links) {
+        Err(error @ StartError::NoUplink(_)) => warn!("{error}"),
+        Err(error) => errors.push(error),
+        Ok(()) => {
+            checks::uplink_mtu(config, links);
+        }
+    }
+    errors.extend(config.ports.iter().filter_map(|port| checks::port(port, links).err()));
+    if errors.is_empty() { Ok(summary(config)) } else { Err(errors) }
+}
+
+fn summary(config: &Config) -> String {
+    let source = config
+        .file
+        .as_ref()
+        .map_or_else(|| "command line".to_owned(), |file| file.display().to_string());
+    let ports = config.ports.len();
+    let plural = if ports == 1 { "" } else { "s" };
+    format!("{source}: ok, uplink {}, {ports} port{plural}", config.uplink)
+}

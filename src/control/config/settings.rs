@@ -1,0 +1,185 @@
+//! The values of the switch's own settings, in the words users type.
+
+use crate::dataplane::PollMode;
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use thiserror::Error;
+
+/// What switches the control socket and the metrics off.
+const NONE: &str = "none";
+
+/// How to write log lines and counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// How frames are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Datapath {
+    /// The fastest path that works here.
+    Auto,
+    /// By packet sockets.
+    Packet,
+}
+
+impl ValueEnum for PollMode {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Adaptive, Self::Busy, Self::Sleep]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(match self {
+            Self::Adaptive => PossibleValue::new("adaptive").help("Spin a little, then sleep"),
+            Self::Busy => PossibleValue::new("busy").help("Always spin"),
+            Self::Sleep => PossibleValue::new("sleep").help("Always sleep"),
+        })
+    }
+}
+
+/// The word for a value.
+pub fn name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// The value for a word, or the words there are.
+pub(super) fn word<T: ValueEnum>(text: &str) -> Result<T, String> {
+    T::from_str(text, false).map_err(|_| {
+        let names: Vec<String> = T::value_variants().iter().map(name).collect();
+        format!("'{text}' is no choice: choose {}", names.join(" or "))
+    })
+}
+
+/// The control socket (`--control`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Control {
+    /// None.
+    Off,
+    /// A unix socket at this path.
+    Socket(PathBuf),
+}
+
+impl Control {
+    /// Where the socket is, if there is to be one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Off => None,
+            Self::Socket(path) => Some(path),
+        }
+    }
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Self::Socket(PathBuf::from("/run/vlanswitchd/control"))
+    }
+}
+
+impl fmt::Display for Control {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => formatter.write_str(NONE),
+            Self::Socket(path) => path.display().fmt(formatter),
+        }
+    }
+}
+
+/// Text that is no path or address.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct BadSetting(String);
+
+impl FromStr for Control {
+    type Err = BadSetting;
+
+    fn from_str(text: &str) -> Result<Self, BadSetting> {
+        match text {
+            NONE => Ok(Self::Off),
+            "" => Err(BadSetting("it is empty: write a path, or none".to_owned())),
+            path => Ok(Self::Socket(PathBuf::from(path))),
+        }
+    }
+}
+
+/// Where metrics are served (`--metrics`).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Metrics {
+    /// Nowhere.
+    #[default]
+    Off,
+    /// On this address.
+    Tcp(SocketAddr),
+    /// On a unix socket at this path.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Metrics {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => formatter.write_str(NONE),
+            Self::Tcp(address) => address.fmt(formatter),
+            Self::Unix(path) => write!(formatter, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for Metrics {
+    type Err = BadSetting;
+
+    fn from_str(text: &str) -> Result<Self, BadSetting> {
+        if text == NONE {
+            return Ok(Self::Off);
+        }
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(PathBuf::from(path)));
+        }
+        let port = text.strip_prefix(':').unwrap_or(text).parse().ok();
+        let loopback = port.map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+        loopback.or_else(|| text.parse().ok()).map(Self::Tcp).ok_or_else(|| {
+            BadSetting(format!(
+                "'{text}' is no address: write ADDRESS:PORT such as 127.0.0.1:9101 or [::1]:9101, \
+                 a port (on loopback), unix:PATH, or none"
+            ))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    use super::*;
+
+    #[test]
+    fn addresses_are_loopback_unless_said_otherwise() {
+        for (text, shown) in [
+            ("9101", "127.0.0.1:9101"),
+            (":9101", "127.0.0.1:9101"),
+            ("192.0.2.1:80", "192.0.2.1:80"),
+            ("[::]:9101", "[::]:9101"),
+            ("unix:/run/m", "unix:/run/m"),
+            ("none", "none"),
+        ] {
+            let metrics: Metrics = text.parse().unwrap();
+            assert_eq!(metrics.to_string(), shown);
+            assert_eq!(shown.parse::<Metrics>().unwrap(), metrics);
+        }
+        for text in ["", "localhost:9101", "65536", "unix:", ":", "127.0.0.1"] {
+            let error = text.parse::<Metrics>().unwrap_err().to_string();
+            assert!(error.contains(&format!("'{text}' is no address: write ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn words_name_the_choices() {
+        assert_eq!(word::<PollMode>("busy"), Ok(PollMode::Busy));
+        let error = word::<PollMode>("Busy").unwrap_err();
+        assert_eq!(error, "'Busy' is no choice: choose adaptive or busy or sleep");
+    }
+}
