@@ -90,8 +90,8 @@ impl Daemon {
             let DeviceKind::Netdev { create: Some(tap) } = &config.kind else { return None };
             let name = &config.device;
             self.monitor.links().by_name(name).is_none().then(|| TapOptions {
-                owner: tap.owner,
-                group: tap.group,
+                owner: tap.owner.as_ref().map(|account| account.id),
+                group: tap.group.as_ref().map(|account| account.id),
                 multi_queue: tap.queues > 1,
                 persistent: true,
                 vnet_header: true,
