@@ -1,6 +1,7 @@
 //! One burst on its way out: rewriting each frame, sending what can go as it is,
 //! cutting what the kernel cannot segment for us, and counting every frame.
 
+use super::capture::Watch;
 use super::counters::FlowCounters;
 use crate::frame::segment::Segmenter;
 use crate::frame::tag::STACK_DEPTH;
@@ -156,7 +157,7 @@ impl Toward {
 
 /// One way out of the switch, for the length of one burst.
 #[derive(Debug)]
-pub struct Lane<'w> {
+pub struct Lane<'w, const WATCHED: bool> {
     /// Where frames go; `None` if the device is not there.
     pub device: Option<&'w mut Device>,
     /// The device's state.
@@ -173,9 +174,11 @@ pub struct Lane<'w> {
     pub space: &'w mut SendSpace,
     /// Memory for cutting super-frames.
     pub segments: &'w mut SegmentSpace,
+    /// Who looks on.
+    pub watch: Watch<'w, WATCHED>,
 }
 
-impl Lane<'_> {
+impl<const WATCHED: bool> Lane<'_, WATCHED> {
     /// Sends frames in order, or counts why not.
     #[inline]
     pub fn send_frames<'f>(&mut self, frames: impl Iterator<Item = (&'f Received<'f>, Handling)>) {
@@ -199,11 +202,13 @@ impl Lane<'_> {
         }
         let device = match &mut self.device {
             Some(device) if self.link.is_up() => device,
-            _ => return self.flow.add_drops(self.toward.absent(), packets.len() as u64),
+            _ => return self.drop_all(packets, self.toward.absent()),
         };
         if self.shed_until.is_some_and(|until| self.now < until) {
-            return self.flow.add_drops(self.toward.queue_full(), packets.len() as u64);
+            return self.drop_all(packets, self.toward.queue_full());
         }
+        let (watch, to_uplink) = (&mut self.watch, self.toward == Toward::Uplink);
+        let mut shown = 0;
         let mut refused_frames = 0;
         let mut refused_bytes = 0;
         let (flow, toward) = (self.flow, self.toward);
@@ -218,21 +223,30 @@ impl Lane<'_> {
             refused_frames += refused.len() as u64;
             refused_bytes += frame_bytes(refused);
             flow.add_drops(reason, refused.len() as u64);
+            watch.sent(to_uplink, packets.get(shown..position).unwrap_or_default(), None);
+            watch.sent(to_uplink, refused, Some(reason));
+            shown = end;
             if reason == DropReason::SendFailed {
                 flow.note_send_error(errno);
             }
             if congested { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
+        watch.sent(to_uplink, packets.get(shown..).unwrap_or_default(), None);
         let spare = congested && self.toward == Toward::Guest;
         *self.shed_until = spare.then(|| self.now + SHED_TIME);
         self.flow
             .add_out(packets.len() as u64 - refused_frames, frame_bytes(packets) - refused_bytes);
     }
 
+    fn drop_all(&mut self, packets: &[&[u8]], reason: DropReason) {
+        self.flow.add_drops(reason, packets.len() as u64);
+        self.watch.sent(self.toward == Toward::Uplink, packets, Some(reason));
+    }
+
     /// Cuts a super-frame the kernel would lose and sends the segments.
     fn cut(&mut self, frame: &Received<'_>) {
         let Ok(mut segmenter) = Segmenter::new(frame.buffer.frame(), frame.header) else {
-            return self.flow.add_drops(DropReason::BadOffload, 1);
+            return self.drop_all(&[frame.buffer.packet()], DropReason::BadOffload);
         };
         self.flow.add_split(segmenter.segment_count().saturating_sub(1) as u64);
         // Taken out while in use: an empty box costs nothing.

@@ -5,6 +5,7 @@
 //! configuration or talks to people.
 
 mod burst;
+mod capture;
 mod chains;
 mod counters;
 mod pace;
@@ -12,5 +13,8 @@ mod worker;
 
 pub use burst::{Abilities, Lane, SegmentSpace};
 pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared, WorkerShared};
+pub use capture::{
+    Chunk, Direction, Place, Record, SINKS_MAX, SNAPLEN_MAX, Selection, Sink, Source, capture,
+};
 pub use pace::{Pace, PollMode};
 pub use worker::{Command, Departed, Notice, Slot, Worker, WorkerError, WorkerHandle};

@@ -12,6 +12,7 @@
 //! epoll. Commands come from control by channel and waker.
 
 use super::burst::{Abilities, Handling, Lane, SegmentSpace, Toward, rewrite};
+use super::capture::{Captures, Sink, Watch};
 use super::chains::Chains;
 use super::counters::{PortShared, UplinkShared, WorkerShared};
 use super::pace::{Pace, PollMode, Step};
@@ -53,6 +54,8 @@ pub enum Command {
     Add(PortIndex, Arc<PortShared>),
     /// Decide by this table from now on; answered by [`Notice::Switched`].
     Switch(Arc<Table>),
+    /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
+    Capture(Box<Sink>),
     /// Forward what has arrived, give all devices back and end.
     Stop,
 }
@@ -118,6 +121,7 @@ pub struct Worker {
     copies: CopyPool,
     space: SendSpace,
     segments: SegmentSpace,
+    captures: Captures,
 }
 
 /// Control's end of a worker.
@@ -185,6 +189,7 @@ impl Worker {
             copies: CopyPool::default(),
             space: SendSpace::default(),
             segments: SegmentSpace::default(),
+            captures: Captures::default(),
         };
         Ok((worker, command_sender, notice_receiver))
     }
@@ -228,10 +233,20 @@ impl Worker {
 
     /// Moves one burst from everywhere; whether there was any frame.
     pub fn round(&mut self, now: Instant) -> bool {
-        let mut moved = self.serve_uplink(now);
+        if self.captures.is_empty() {
+            return self.serve_all::<false>(now);
+        }
+        let moved = self.serve_all::<true>(now);
+        self.captures.end_round(!moved);
+        moved
+    }
+
+    /// A round, seen by captures or not.
+    fn serve_all<const WATCHED: bool>(&mut self, now: Instant) -> bool {
+        let mut moved = self.serve_uplink::<WATCHED>(now);
         let mut position = 0;
         while let Some(port) = self.hot.get(position).copied() {
-            let busy = self.serve_guest(port, now);
+            let busy = self.serve_guest::<WATCHED>(port, now);
             moved |= busy;
             if self.cooled(port, busy) {
                 self.hot.swap_remove(position);
@@ -250,7 +265,7 @@ impl Worker {
     }
 
     /// Moves a burst from the uplink to the ports it belongs to.
-    fn serve_uplink(&mut self, now: Instant) -> bool {
+    fn serve_uplink<const WATCHED: bool>(&mut self, now: Instant) -> bool {
         let Some(uplink) = self.uplink.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
@@ -261,8 +276,10 @@ impl Worker {
         let mut burst = Burst::new();
         let lost = uplink.receive(&mut self.copies, &mut burst);
         let moved = lost > 0 || !burst.is_empty();
+        let watch = self.captures.watch::<WATCHED>(None);
+        let (uplink_shared, abilities) = (&self.uplink_shared, self.abilities);
         let chains =
-            sort(&mut burst, lost, &self.table, &self.slots, &self.uplink_shared, self.abilities);
+            sort(&mut burst, lost, &self.table, &self.slots, uplink_shared, abilities, watch);
         for (port, positions) in chains.iter() {
             let Some(slot) = self.slots.get_mut(port) else { continue };
             let mut lane = Lane {
@@ -274,6 +291,7 @@ impl Worker {
                 now,
                 space: &mut self.space,
                 segments: &mut self.segments,
+                watch: self.captures.watch::<WATCHED>(Some(port)),
             };
             lane.send_frames(
                 positions.filter_map(|(at, handling)| Some((burst.get(at)?, handling))),
@@ -285,7 +303,7 @@ impl Worker {
     }
 
     /// Moves a burst from a port's guest to the uplink.
-    fn serve_guest(&mut self, port: PortIndex, now: Instant) -> bool {
+    fn serve_guest<const WATCHED: bool>(&mut self, port: PortIndex, now: Instant) -> bool {
         let Some(slot) = self.slots.get_mut(port) else { return false };
         let Some(device) = slot.device.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
@@ -300,8 +318,10 @@ impl Worker {
         let moved = lost > 0 || !burst.is_empty();
         let mut handlings = ArrayVec::<Option<Handling>, BURST>::new();
         let mut bytes = 0;
+        let mut watch = self.captures.watch::<WATCHED>(Some(port));
         for frame in &mut burst {
             bytes += wire_len(frame);
+            watch.received(frame);
             let verdict = match TagStack::read(frame.stripped, frame.buffer.frame()) {
                 Ok(tags) => self.table.decide_from_guest(port, &tags),
                 Err(_) => GuestVerdict::Drop(DropReason::Malformed),
@@ -312,6 +332,7 @@ impl Worker {
             };
             if let Err(reason) = rewritten {
                 flow.add_drops(reason, 1);
+                watch.dropped(Some(port), reason);
             }
             handlings.push(rewritten.ok());
         }
@@ -326,6 +347,7 @@ impl Worker {
             now,
             space: &mut self.space,
             segments: &mut self.segments,
+            watch: self.captures.watch::<WATCHED>(Some(port)),
         };
         let frames = burst.iter().zip(&handlings);
         lane.send_frames(frames.filter_map(|(frame, handling)| Some((frame, (*handling)?))));
@@ -373,6 +395,7 @@ impl Worker {
                     self.table = table;
                     let _ = self.notices.send(Notice::Switched);
                 }
+                Command::Capture(sink) => self.captures.add(sink),
                 Command::Stop => {
                     self.stop();
                     return ControlFlow::Break(());
@@ -441,8 +464,8 @@ impl Worker {
         loop {
             let now = Instant::now();
             let moved = match port {
-                None => self.serve_uplink(now),
-                Some(port) => self.serve_guest(port, now),
+                None => self.serve_uplink::<true>(now),
+                Some(port) => self.serve_guest::<true>(port, now),
             };
             if !moved || now >= deadline {
                 break;
@@ -505,21 +528,24 @@ fn wire_len(frame: &Received<'_>) -> u64 {
 }
 
 /// Decides about each frame from the uplink, rewrites it, and counts it in.
-fn sort(
+fn sort<const WATCHED: bool>(
     burst: &mut Burst<'_>,
     lost: u64,
     table: &Table,
     slots: &[Slot],
     uplink: &UplinkShared,
     abilities: Abilities,
+    mut watch: Watch<'_, WATCHED>,
 ) -> Chains {
     let mut chains = Chains::default();
     let (mut bytes, mut handed, mut handed_bytes) = (0, 0, 0);
     for (position, frame) in (0u8..).zip(burst.iter_mut()) {
         let length = wire_len(frame);
         bytes += length;
+        watch.received(frame);
         let Ok(tags) = TagStack::read(frame.stripped, frame.buffer.frame()) else {
             uplink.from_wire.add_drops(DropReason::Malformed, 1);
+            watch.dropped(None, DropReason::Malformed);
             continue;
         };
         let (port, edit) = match table.decide_from_uplink(&tags) {
@@ -529,6 +555,7 @@ fn sort(
         };
         let Some(shared) = slots.get(port).map(|slot| &slot.shared) else {
             uplink.from_wire.add_drops(DropReason::UnmappedVlan, 1);
+            watch.dropped(None, DropReason::UnmappedVlan);
             continue;
         };
         handed += 1;
@@ -536,7 +563,10 @@ fn sort(
         shared.to_guest.add_in(1, length);
         match edit.and_then(|edit| rewrite(frame, &edit, abilities, shared.link.mtu())) {
             Ok(handling) => chains.append(port, position, handling),
-            Err(reason) => shared.to_guest.add_drops(reason, 1),
+            Err(reason) => {
+                shared.to_guest.add_drops(reason, 1);
+                watch.dropped(Some(port), reason);
+            }
         }
     }
     uplink.from_wire.add_in(burst.len() as u64 + lost, bytes);
