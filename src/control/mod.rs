@@ -4,6 +4,7 @@
 pub mod api;
 mod checks;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod daemon;
 mod host;
@@ -13,6 +14,6 @@ mod mtu;
 mod parallel;
 mod privileges;
 mod probe;
-mod report;
+pub mod report;
 pub mod server;
 pub mod start_error;

@@ -1,11 +1,15 @@
-//! The counters, for people and for programs.
+//! The counters, for people and for programs: what `vlanswitchd` prints at SIGUSR1
+//! and when it stops, and what `vlanswitchctl stats` shows.
 
+mod sheet;
+
+pub use sheet::{COLUMNS, Sheet, Tone, columns_of};
+
+use crate::control::api::{Flow, Sent, Stats, Unmapped};
 use crate::dataplane::FlowSnapshot;
 use crate::frame::Tpid;
 use crate::port::DeviceState;
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// Everything that was counted, at one moment.
@@ -17,7 +21,7 @@ pub struct Report {
     /// The ports, in the order of the maps.
     pub ports: Vec<PortReport>,
     /// Tagged frames on the uplink that no port claims, left to the host.
-    pub unmapped: Vec<UnmappedReport>,
+    pub unmapped: Vec<Unmapped>,
 }
 
 /// The uplink's counters.
@@ -26,20 +30,11 @@ pub struct UplinkReport {
     /// Name of the device.
     pub name: String,
     /// State of the device.
-    pub state: &'static str,
+    pub state: String,
     /// Frames from the wire; "out" is "handed to a port".
-    pub from_wire: FlowReport,
+    pub from_wire: Flow,
     /// Frames sent, the sum over the ports.
-    pub to_wire: SentReport,
-}
-
-/// Frames that went out.
-#[derive(Debug, Serialize)]
-pub struct SentReport {
-    /// Frames.
-    pub out_frames: u64,
-    /// Bytes, tags included.
-    pub out_bytes: u64,
+    pub to_wire: Sent,
 }
 
 /// A port's counters.
@@ -50,36 +45,16 @@ pub struct PortReport {
     /// Its VLANs, as in the map.
     pub vlans: String,
     /// Its mode.
-    pub mode: &'static str,
+    pub mode: String,
     /// State of the device; `attached` is "up with carrier".
-    pub state: &'static str,
+    pub state: String,
     /// Guest to uplink.
-    pub from_guest: FlowReport,
+    pub from_guest: Flow,
     /// Uplink to guest.
-    pub to_guest: FlowReport,
+    pub to_guest: Flow,
 }
 
-/// One flow: `in_frames + split_frames = out_frames + the sum of drops`.
-#[derive(Debug, Serialize)]
-pub struct FlowReport {
-    /// Frames that came in, those the kernel's ring had no room for included.
-    pub in_frames: u64,
-    /// Bytes that came in, tags included.
-    pub in_bytes: u64,
-    /// Frames that segmentation in userspace added.
-    pub split_frames: u64,
-    /// Frames that went out.
-    pub out_frames: u64,
-    /// Bytes that went out, tags included.
-    pub out_bytes: u64,
-    /// Drops by reason, those that occurred.
-    pub drops: BTreeMap<&'static str, u64>,
-    /// The kernel's last answer counted as `send_failed`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub send_error: Option<String>,
-}
-
-impl From<FlowSnapshot> for FlowReport {
+impl From<FlowSnapshot> for Flow {
     fn from(flow: FlowSnapshot) -> Self {
         Self {
             in_frames: flow.in_frames,
@@ -87,35 +62,39 @@ impl From<FlowSnapshot> for FlowReport {
             split_frames: flow.split_frames,
             out_frames: flow.out_frames,
             out_bytes: flow.out_bytes,
-            drops: flow.reasons().map(|(reason, frames)| (reason.name(), frames)).collect(),
+            drops: flow
+                .reasons()
+                .map(|(reason, frames)| (reason.name().to_owned(), frames))
+                .collect(),
             send_error: flow.send_error.map(|errno| format!("{errno:?}: {}", errno.desc())),
         }
     }
 }
 
-impl FlowReport {
-    fn dropped(&self) -> u64 {
-        self.drops.values().sum()
+impl From<Stats> for Report {
+    fn from(stats: Stats) -> Self {
+        let ports = stats.ports.into_iter().map(|port| PortReport {
+            name: port.name,
+            vlans: port.vlans,
+            mode: port.mode,
+            state: port.state,
+            from_guest: port.from_guest,
+            to_guest: port.to_guest,
+        });
+        let uplink = UplinkReport {
+            name: stats.uplink.name,
+            state: stats.uplink.state,
+            from_wire: stats.uplink.from_wire,
+            to_wire: stats.uplink.to_wire,
+        };
+        Self::new(uplink, ports.collect(), stats.unmapped)
     }
 }
 
-/// Frames of one VLAN nobody mapped.
-#[derive(Debug, Serialize)]
-pub struct UnmappedReport {
-    /// TPID of the outer tag, as `0x8100`.
-    pub tpid: String,
-    /// VID of the outer tag.
-    pub vid: u16,
-    /// Frames seen.
-    pub frames: u64,
-}
-
-impl UnmappedReport {
-    /// A row from the uplink filter's count.
-    pub fn new((tpid, vid, frames): (usize, u16, u64)) -> Self {
-        let tpid = Tpid::ALL.get(tpid).map(Tpid::to_string).unwrap_or_default();
-        Self { tpid, vid, frames }
-    }
+/// A row from the uplink filter's count.
+pub fn unmapped((tpid, vid, frames): (usize, u16, u64)) -> Unmapped {
+    let tpid = Tpid::ALL.get(tpid).map(Tpid::to_string).unwrap_or_default();
+    Unmapped { tpid, vid, frames }
 }
 
 /// The word for a port's state.
@@ -128,11 +107,7 @@ pub fn port_state(state: DeviceState) -> &'static str {
 
 impl Report {
     /// A report of these parts.
-    pub fn new(
-        uplink: UplinkReport,
-        ports: Vec<PortReport>,
-        unmapped: Vec<UnmappedReport>,
-    ) -> Self {
+    pub fn new(uplink: UplinkReport, ports: Vec<PortReport>, unmapped: Vec<Unmapped>) -> Self {
         Self { event: "summary", uplink, ports, unmapped }
     }
 
@@ -142,46 +117,52 @@ impl Report {
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// Tables of at most 80 columns for usual names.
-    pub fn to_text(&self) -> String {
-        let mut table =
-            new_table(&["port", "vlans", "state", "from guest", "dropped", "to guest", "dropped"]);
+    /// Tables of at most [`COLUMNS`] columns, coloured if asked.
+    pub fn to_text(&self, colours: bool) -> String {
+        let mut sheet =
+            Sheet::new(&["port", "vlans", "state", "from guest", "dropped", "to guest", "dropped"])
+                .numbers(3..7);
         for port in &self.ports {
-            table.add_row([
-                port.name.clone(),
-                shorten(&port.vlans),
-                port.state.to_owned(),
-                port.from_guest.out_frames.to_string(),
-                port.from_guest.dropped().to_string(),
-                port.to_guest.out_frames.to_string(),
-                port.to_guest.dropped().to_string(),
+            let drops = [port.from_guest.dropped(), port.to_guest.dropped()];
+            sheet.row([
+                (port.name.clone(), Tone::Plain),
+                (shorten(&port.vlans), Tone::Plain),
+                (port.state.clone(), Tone::of_state(&port.state)),
+                (port.from_guest.out_frames.to_string(), Tone::Plain),
+                (drops[0].to_string(), Tone::of_drops(drops[0])),
+                (port.to_guest.out_frames.to_string(), Tone::Plain),
+                (drops[1].to_string(), Tone::of_drops(drops[1])),
             ]);
         }
-        align_numbers(&mut table, 3..7);
-        let mut text = format!("{table}\n");
+        let mut text = sheet.render(colours);
         let UplinkReport { name, state, from_wire, to_wire } = &self.uplink;
-        let _ = writeln!(
-            text,
+        let line = format!(
             "uplink {name} ({state}): received {} frames, {} dropped; sent {} frames",
             from_wire.in_frames,
             from_wire.dropped(),
             to_wire.out_frames,
         );
-        text.push_str(&self.drops_text());
+        if columns_of(&line) > COLUMNS {
+            text.push_str(&line.replace(": ", ":\n  ").replace("; ", "\n  "));
+            text.push('\n');
+        } else {
+            let _ = writeln!(text, "{line}");
+        }
+        text.push_str(&self.drops_text(colours));
         if !self.unmapped.is_empty() {
             text.push_str("VLANs on the uplink that no port claims (left to the host):\n");
-            let mut table = new_table(&["tpid", "vlan", "frames"]);
+            let mut sheet = Sheet::new(&["tpid", "vlan", "frames"]).numbers(1..3);
             for row in &self.unmapped {
-                table.add_row([row.tpid.clone(), row.vid.to_string(), row.frames.to_string()]);
+                let cells = [row.tpid.clone(), row.vid.to_string(), row.frames.to_string()];
+                sheet.row(cells.map(|text| (text, Tone::Plain)));
             }
-            align_numbers(&mut table, 1..3);
-            let _ = writeln!(text, "{table}");
+            text.push_str(&sheet.render(colours));
         }
         text
     }
 
-    fn drops_text(&self) -> String {
-        let mut table = new_table(&["dropped frames of", "reason", "frames"]);
+    fn drops_text(&self, colours: bool) -> String {
+        let mut sheet = Sheet::new(&["dropped frames of", "reason", "frames"]).numbers(2..3);
         let ports = self.ports.iter().flat_map(|port| {
             [
                 (format!("{} from guest", port.name), &port.from_guest),
@@ -192,33 +173,19 @@ impl Report {
         let mut errors = String::new();
         for (place, flow) in ports.chain([uplink]) {
             for (reason, frames) in &flow.drops {
-                table.add_row([place.clone(), (*reason).to_owned(), frames.to_string()]);
+                let cells = [place.clone(), reason.clone(), frames.to_string()];
+                sheet.row(cells.map(|text| (text, Tone::Plain)));
             }
             if let Some(error) = &flow.send_error {
-                let _ = writeln!(errors, "{place}: the last send_failed was {error}");
+                let _ = writeln!(errors, "{place}: the last send_failed was\n  {error}");
             }
         }
-        align_numbers(&mut table, 2..3);
-        if table.is_empty() { String::new() } else { format!("{table}\n{errors}") }
+        sheet.render(colours) + &errors
     }
 }
 
-fn new_table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
-    table
-}
-
-fn align_numbers(table: &mut Table, columns: std::ops::Range<usize>) {
-    for column in columns {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-}
-
-/// A trunk of scattered VLANs would not fit a table.
-fn shorten(vlans: &str) -> String {
+/// A list of VLANs as it fits a table: a trunk of scattered VLANs would not.
+pub fn shorten(vlans: &str) -> String {
     const LONGEST: usize = 16;
     match vlans.get(..LONGEST - 3) {
         Some(start) if vlans.len() > LONGEST => format!("{start}..."),
