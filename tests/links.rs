@@ -196,7 +196,7 @@ fn comings_and_goings(events: &[LinkEvent]) -> Vec<String> {
         LinkEvent::Appeared(new) => Some(format!("+{}", new.name)),
         LinkEvent::Vanished(old) => Some(format!("-{}", old.name)),
         LinkEvent::Renamed { old, new } => Some(format!("{}>{}", old.name, new.name)),
-        LinkEvent::Changed { .. } => None,
+        LinkEvent::Changed { .. } | LinkEvent::Unhooked { .. } => None,
     };
     events.iter().filter_map(short).collect()
 }

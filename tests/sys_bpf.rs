@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use vlanswitchd::sys::bpf::{
     self, Attached, BpfError, COUNTER_BYTES, COUNTER_FRAMES, Direction, Instruction, Method,
     PerCpuArrayMap, PopRule, Program, ProgramKind, R0, R9, TaggedVlan, UplinkFilter, XdpMode,
-    attach_tc, attach_xdp, clsact, detach_tc, load, move_to_tcx, tcx,
+    attach_beside_qdiscs, attach_tc, attach_xdp, clsact, detach_tc, is_attached_tc, load,
+    move_to_tcx, tcx,
 };
 use vlanswitchd::sys::netns::in_private_namespace;
 use vlanswitchd::sys::tap::{TapOptions, open_queue};
@@ -312,7 +313,7 @@ fn clsact_adopts_its_own_and_goes_before_others() {
         assert!(!clsact::is_attached("seal", device, Direction::Ingress).unwrap());
         let other = tc("other", bpf::vlan_pop_program());
         clsact::attach(other.as_fd(), "other", device, Direction::Ingress).unwrap();
-        for expected in [Attached::New, Attached::Replaced] {
+        for expected in [Attached::Beside, Attached::Replaced] {
             let program = tc("seal", bpf::seal_program());
             let attached =
                 clsact::attach(program.as_fd(), "seal", device, Direction::Ingress).unwrap();
@@ -354,6 +355,86 @@ fn without_cap_sys_admin_clsact_takes_over() {
         caps::raise(None, caps::CapSet::Effective, caps::Capability::CAP_SYS_ADMIN).unwrap();
         assert!(detach_tc("seal", device, Direction::Ingress).unwrap());
         assert!(tcx_names(Direction::Ingress).is_empty());
+    });
+}
+
+/// The kinds of t0's ingress and clsact qdiscs, which share one place.
+fn ingress_qdiscs() -> Vec<String> {
+    let listed = output("tc qdisc show dev t0");
+    let kinds = listed.lines().filter(|line| line.contains("ffff:fff1"));
+    kinds.filter_map(|line| line.split(' ').nth(1)).map(str::to_owned).collect()
+}
+
+#[test]
+#[ignore = "needs root: network namespace, tap, BPF"]
+fn a_qdisc_made_for_a_filter_goes_with_it() {
+    private(|| {
+        let _guest = End::tap("t0");
+        let device = index("t0");
+        let program = tc("seal", bpf::seal_program());
+        let seal = || clsact::attach(program.as_fd(), "seal", device, Direction::Ingress).unwrap();
+        let unseal = || clsact::detach("seal", device, Direction::Ingress).unwrap();
+
+        assert_eq!(seal(), Attached::New);
+        assert_eq!(ingress_qdiscs(), ["clsact"]);
+        // A later run knows it as its own, too.
+        assert_eq!(seal(), Attached::Replaced);
+        assert!(unseal());
+        assert!(ingress_qdiscs().is_empty());
+
+        for direction in [Direction::Ingress, Direction::Egress] {
+            assert_eq!(seal(), Attached::New);
+            let other = tc("other", bpf::vlan_pop_program());
+            clsact::attach(other.as_fd(), "other", device, direction).unwrap();
+            assert!(unseal());
+            assert_eq!(ingress_qdiscs(), ["clsact"], "somebody uses it: {direction:?}");
+            output("tc qdisc del dev t0 clsact");
+        }
+
+        for kind in ["clsact", "ingress"] {
+            output(&format!("tc qdisc add dev t0 {kind}"));
+            assert_eq!(seal(), Attached::Beside);
+            assert_eq!(tc_filters("ingress"), ["seal"]);
+            assert!(unseal());
+            assert_eq!(ingress_qdiscs(), [kind], "somebody else made it");
+            output(&format!("tc qdisc del dev t0 {kind}"));
+        }
+    });
+}
+
+/// Where somebody else's qdisc is, or is to come, TCX it is: he may remove the qdisc.
+#[test]
+#[ignore = "needs root: network namespace, tap, BPF"]
+fn a_program_stays_when_others_remove_their_qdisc() {
+    private(|| {
+        let _guest = End::tap("t0");
+        let device = index("t0");
+        let program = tc("seal", bpf::seal_program());
+        let (program, name, ingress) = (program.as_fd(), "seal", Direction::Ingress);
+        let is_attached = || is_attached_tc(name, device, ingress).unwrap();
+        let detach = || detach_tc(name, device, ingress).unwrap();
+
+        output("tc qdisc add dev t0 ingress");
+        let attached = attach_tc(program, name, device, ingress).unwrap();
+        assert_eq!(attached, (Method::Tcx, Attached::New));
+        assert!(tc_filters("ingress").is_empty());
+        output("tc qdisc del dev t0 ingress");
+        assert!(is_attached());
+        assert!(detach());
+        assert!(!is_attached());
+
+        let attached = attach_beside_qdiscs(program, name, device, ingress).unwrap();
+        assert_eq!(attached, (Method::Tcx, Attached::New));
+        output("tc qdisc add dev t0 ingress");
+        assert!(detach());
+
+        // Ours, and so in nobody's way once it has moved.
+        output("tc qdisc del dev t0 ingress");
+        attach_tc(program, name, device, ingress).unwrap();
+        assert!(is_attached());
+        move_to_tcx(program, name, device, ingress).unwrap();
+        output("tc qdisc add dev t0 ingress");
+        assert!(is_attached());
     });
 }
 

@@ -5,8 +5,10 @@
 //! AF_PACKET, which still sees every frame. Then the host is kept quiet on the
 //! device (no ARP, no IPv6), a tap gets an MTU that never limits what we send (its
 //! guest does not see it) and no queueing discipline, so that a full guest queue is
-//! told to us instead of dropping in silence; then it goes up. The seal is attached
-//! the quick way first, and moved when there is time (docs/adr/0002-seal-by-clsact.md).
+//! told to us instead of dropping in silence; then it goes up. At start the seal is
+//! attached the quick way, and moved when there is time; to a device that appears
+//! later it is attached the lasting way at once (docs/adr/0002-seal-by-clsact.md).
+//! If somebody takes it away, it is put back.
 //!
 //! What vlanswitchd created stays as it is when it stops, sealed: a VM may be
 //! attached to it. Devices it found are given back as they were. Created taps carry
@@ -16,8 +18,8 @@ use crate::control::links::{
     LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, disable_ipv6, restore_ipv6,
 };
 use crate::sys::bpf::{
-    self, AssemblyError, BpfError, Direction, ProgramKind, attach_tc, detach_tc, move_to_tcx,
-    seal_program,
+    self, AssemblyError, BpfError, Direction, ProgramKind, attach_beside_qdiscs, attach_tc,
+    detach_tc, is_attached_tc, move_to_tcx, seal_program,
 };
 use crate::sys::ethtool::{self, EthtoolError, Features};
 use std::net::IpAddr;
@@ -60,6 +62,16 @@ impl HostError {
             Self::Assembly(_) => false,
         }
     }
+}
+
+/// How a port is sealed (docs/adr/0002-seal-by-clsact.md).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sealing {
+    /// In 0.1 ms, in a place to move from soon: for many ports at once.
+    Quick,
+    /// In 12-20 ms, in a place out of the way of whoever made the device: libvirt is
+    /// about to add a qdisc of its own for `<bandwidth>`.
+    Lasting,
 }
 
 /// What to put back when a device we found is no longer a port.
@@ -124,9 +136,14 @@ impl Host {
         &mut self,
         link: &LinkState,
         created: bool,
+        sealing: Sealing,
     ) -> Result<Option<FoundPort>, HostError> {
         self.warn_about(link);
-        attach_tc(self.seal.as_fd(), SEAL_NAME, link.index, Direction::Ingress)?;
+        let attach = match sealing {
+            Sealing::Quick => attach_tc,
+            Sealing::Lasting => attach_beside_qdiscs,
+        };
+        attach(self.seal.as_fd(), SEAL_NAME, link.index, Direction::Ingress)?;
         let tap = link.kind.as_deref() == Some(TAP_KIND);
         let ours = created || link.alias.as_deref() == Some(OUR_ALIAS);
         let mut found = FoundPort {
@@ -180,6 +197,32 @@ impl Host {
     pub fn settle_seal(&mut self, index: u32) {
         if let Err(error) = move_to_tcx(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress) {
             debug!("seal of device {index} stays with clsact: {error}");
+        }
+    }
+
+    /// Seals a port again if its seal was taken away, which `cause` tells of. Frames the
+    /// guest sent in between reached the host.
+    pub fn keep_sealed(&mut self, name: &str, index: u32, cause: &str) {
+        let again = match is_attached_tc(SEAL_NAME, index, Direction::Ingress) {
+            Ok(true) => return,
+            Ok(false) => attach_tc(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress),
+            Err(error) => Err(error),
+        };
+        match again {
+            Ok(_) => {
+                warn!(
+                    "{name}: {cause}, and with it the seal that keeps the guest's frames from the \
+                     host: sealed again; do not touch the tc ingress of this device"
+                );
+                // Where the same command does not reach it, nor is in its way.
+                self.settle_seal(index);
+            }
+            // The device itself is going.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+            Err(error) => warn!(
+                "{name}: {cause}, and its seal cannot be put back: the guest's frames may reach the \
+                 host: {error}; `ip link set {name} down` stops them"
+            ),
         }
     }
 

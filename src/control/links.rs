@@ -34,6 +34,13 @@
 //! A move to another namespace is a departure like a deletion, because the kernel
 //! reports it as `RTM_DELLINK` (`dev_change_net_namespace`, net/core/dev.c).
 //!
+//! # What stands at a device's tc hooks
+//!
+//! The same subscription brings the news that a qdisc or a filter was removed, and
+//! [`LinkEvent::Unhooked`] passes it on. Nothing is mirrored here: whoever has put
+//! something there looks whether it still stands. After an overrun that is said of
+//! all devices, because which it was is lost.
+//!
 //! # Setting
 //!
 //! [`LinkSocket`] sends one request at a time and waits for the kernel's answer.

@@ -20,6 +20,12 @@ const RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
 /// Datagrams thrown away at most before a new dump. Those beyond it are merely
 /// applied after the dump, which is right too (see the parent module).
 const DISCARD_LIMIT: usize = 65_536;
+/// The group of changes to qdiscs and filters (include/uapi/linux/rtnetlink.h; libc
+/// has no name for it).
+const RTMGRP_TC: libc::c_int = 1 << (RTNLGRP_TC - 1);
+const RTNLGRP_TC: libc::c_int = 4;
+/// What is said of a device when notifications were lost.
+const MAYBE_UNHOOKED: &str = "notifications about it were lost";
 
 /// Mirrors the network devices of the namespace it was made in, and tells what
 /// changes. See the parent module for how it stays true.
@@ -57,7 +63,7 @@ impl LinkMonitor {
             // net.core.rmem_max. A smaller buffer costs dumps, not truth.
             setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)
                 .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER))?;
-            socket.bind(&SocketAddr::new(0, libc::RTMGRP_LINK.cast_unsigned()))?;
+            socket.bind(&SocketAddr::new(0, (libc::RTMGRP_LINK | RTMGRP_TC).cast_unsigned()))?;
             Ok(socket)
         };
         let notifications = open().map_err(|reason| LinkError::Socket {
@@ -114,7 +120,11 @@ impl LinkMonitor {
                                     self.links.remove(index, &mut consumer);
                                 }
                             }
-                            _ => {}
+                            _ => {
+                                if let Some((index, cause)) = wire::unhooked(&message) {
+                                    consumer(LinkEvent::Unhooked { index, cause });
+                                }
+                            }
                         }
                     }
                 }
@@ -136,6 +146,9 @@ impl LinkMonitor {
             }
         }
         self.links.reconcile(self.requests.links()?, consumer);
+        for link in self.links.iter() {
+            consumer(LinkEvent::Unhooked { index: link.index, cause: MAYBE_UNHOOKED });
+        }
         self.stale = false;
         self.overruns = self.overruns.saturating_add(1);
         Ok(())

@@ -66,6 +66,14 @@ pub enum LinkEvent {
     /// A device that is no longer there: deleted, or moved out of the namespace.
     /// Holds its last known state.
     Vanished(LinkState),
+    /// Something was taken from a device's tc hooks, or may have been: what stood
+    /// there is to be looked at. The device may be one nobody follows, or be gone.
+    Unhooked {
+        /// The device.
+        index: u32,
+        /// What happened, as it follows the device's name and a colon.
+        cause: &'static str,
+    },
 }
 
 impl LinkEvent {
@@ -74,7 +82,7 @@ impl LinkEvent {
     pub fn departed(&self) -> Option<&LinkState> {
         match self {
             Self::Vanished(old) | Self::Renamed { old, .. } => Some(old),
-            Self::Appeared(_) | Self::Changed { .. } => None,
+            Self::Appeared(_) | Self::Changed { .. } | Self::Unhooked { .. } => None,
         }
     }
 
@@ -83,7 +91,7 @@ impl LinkEvent {
     pub fn arrived(&self) -> Option<&LinkState> {
         match self {
             Self::Appeared(new) | Self::Renamed { new, .. } => Some(new),
-            Self::Vanished(_) | Self::Changed { .. } => None,
+            Self::Vanished(_) | Self::Changed { .. } | Self::Unhooked { .. } => None,
         }
     }
 }

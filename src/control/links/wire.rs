@@ -10,7 +10,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::{NLM_F_ACK_TLVS, NLM_F_CAPPED, NetlinkBuffer, NlasIterator};
+use netlink_packet_core::{
+    NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_REPLACE, NetlinkBuffer, NlasIterator,
+};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressHeader;
 use netlink_packet_route::link::{LinkFlags, LinkHeader, LinkLayerType};
@@ -23,6 +25,8 @@ const MESSAGE_HEADER_LEN: usize = 16;
 const LINK_HEADER_LEN: usize = 16;
 /// Bytes of `struct ifaddrmsg` (include/uapi/linux/if_addr.h).
 const ADDRESS_HEADER_LEN: usize = 8;
+/// Where `struct tcmsg` (include/uapi/linux/rtnetlink.h) has the device's index.
+const TC_INDEX: std::ops::Range<usize> = 4..8;
 /// Bytes of an attribute's length and type (`struct nlattr`).
 const ATTRIBUTE_HEADER_LEN: usize = 4;
 /// In an `IFLA_AF_SPEC`, the attribute of `AF_INET6` that holds how IPv6
@@ -161,6 +165,20 @@ pub(super) fn link_report(payload: &[u8]) -> Option<LinkReport> {
     report.state.name = name?;
     report.state.mtu = mtu?;
     Some(report)
+}
+
+/// The device at whose tc hooks something ceased to stand, and how; none for other
+/// messages. What is added there takes nothing away.
+pub(super) fn unhooked(message: &Message<'_>) -> Option<(u32, &'static str)> {
+    let cause = match message.kind {
+        libc::RTM_DELQDISC => "a qdisc was removed (`tc qdisc del`)",
+        libc::RTM_DELTFILTER => "a tc filter was removed (`tc filter del`)",
+        libc::RTM_NEWTFILTER if message.flags & NLM_F_REPLACE != 0 => {
+            "a tc filter was replaced (`tc filter replace`)"
+        }
+        _ => return None,
+    };
+    Some((number(message.payload.get(TC_INDEX)?)?, cause))
 }
 
 /// The device's index and the host's own address in an `RTM_NEWADDR`: for a

@@ -6,6 +6,11 @@
 //! earlier run left is found and replaced in one step; anybody may read names
 //! here, while TCX needs CAP_SYS_ADMIN for it. New filters get the highest
 //! priority, and stand first among those of the same priority.
+//!
+//! A qdisc made for a filter goes with it, unless somebody else uses it by then: an
+//! empty one would keep others from adding theirs (libvirt's `<bandwidth>` adds an
+//! `ingress` qdisc, which takes the same place). Whose the qdisc is, the filter's
+//! handle tells, so that a later run knows it too.
 
 use super::syscall::BpfError;
 use super::tc::{Attached, Direction};
@@ -23,6 +28,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// First of all filters.
 const PRIORITY: u32 = 1;
+/// Handle of a filter whose qdisc was made for it. Others get theirs from the kernel,
+/// which counts from 1.
+const WITH_OWN_QDISC: TcHandle = TcHandle { major: 0, minor: 0x5EA1 };
 const ETH_P_ALL: u16 = 0x0003;
 
 /// Where a filter stands: what replaces or deletes it needs to say.
@@ -33,7 +41,7 @@ struct Place {
 }
 
 /// Attaches `program` under `name` to interface `device`, in place of a filter of
-/// that name.
+/// that name; [`Attached::Beside`] others if they made the qdisc.
 ///
 /// # Errors
 /// [`BpfError::Unsupported`] if the kernel lacks clsact or cls_bpf.
@@ -44,7 +52,7 @@ pub fn attach(
     direction: Direction,
 ) -> Result<Attached, BpfError> {
     let mut netlink = Netlink::open()?;
-    netlink.make_qdisc(device)?;
+    let made_qdisc = netlink.make_qdisc(device)?;
     let previous = netlink.find(name, device, direction)?;
 
     let mut message = filter_message(device, direction);
@@ -60,7 +68,10 @@ pub fn attach(
         }
         None => {
             message.header.info = PRIORITY << 16 | u32::from(ETH_P_ALL.to_be());
-            (NLM_F_EXCL, Attached::New)
+            if made_qdisc {
+                message.header.handle = WITH_OWN_QDISC;
+            }
+            (NLM_F_EXCL, if made_qdisc { Attached::New } else { Attached::Beside })
         }
     };
     let request = RouteNetlinkMessage::NewTrafficFilter(message);
@@ -80,8 +91,8 @@ pub fn is_attached(name: &str, device: u32, direction: Direction) -> Result<bool
     Ok(Netlink::open()?.find(name, device, direction)?.is_some())
 }
 
-/// Detaches the filter called `name`; false if there was none. The qdisc stays: it
-/// costs nothing, and others may use it by now.
+/// Detaches the filter called `name`; false if there was none. The qdisc goes too, if
+/// it was made for this filter and nobody else has one in it.
 ///
 /// # Errors
 /// There is no such interface.
@@ -97,7 +108,19 @@ pub fn detach(name: &str, device: u32, direction: Direction) -> Result<bool, Bpf
             BpfError::from_io(format!("detach BPF filter {name} from interface {device}"), error)
         },
     )?;
+    if place.handle == WITH_OWN_QDISC {
+        netlink.remove_empty_qdisc(device)?;
+    }
     Ok(true)
+}
+
+/// A message about the clsact qdisc.
+fn qdisc_message(device: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(device as i32);
+    message.header.parent = TcHandle::CLSACT;
+    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
+    message
 }
 
 /// A message about a `bpf` filter at the hook.
@@ -137,19 +160,38 @@ impl Netlink {
             .map_err(|error| BpfError::from_io("open a netlink socket", error))
     }
 
-    fn make_qdisc(&mut self, device: u32) -> Result<(), BpfError> {
-        let mut message = TcMessage::with_index(device as i32);
-        message.header.parent = TcHandle::CLSACT;
-        message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
-        message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
-        let request = RouteNetlinkMessage::NewQueueDiscipline(message);
+    /// Makes the qdisc; false if it was there, or an ingress qdisc, which takes the
+    /// same place and filters.
+    fn make_qdisc(&mut self, device: u32) -> Result<bool, BpfError> {
+        let request = RouteNetlinkMessage::NewQueueDiscipline(qdisc_message(device));
         match self.exchange(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL) {
-            Ok(_) => Ok(()),
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
             Err(error) => Err(missing(&error, "clsact", "Linux 4.5, CONFIG_NET_SCH_INGRESS")
                 .unwrap_or_else(|| {
                     BpfError::from_io(format!("add a clsact qdisc to interface {device}"), error)
                 })),
+        }
+    }
+
+    /// Removes the qdisc if no filter is in it.
+    fn remove_empty_qdisc(&mut self, device: u32) -> Result<(), BpfError> {
+        for direction in [Direction::Ingress, Direction::Egress] {
+            if !self.filters(device, direction)?.is_empty() {
+                return Ok(());
+            }
+        }
+        let request = RouteNetlinkMessage::DelQueueDiscipline(qdisc_message(device));
+        match self.exchange(request, NLM_F_ACK) {
+            Ok(_) => Ok(()),
+            // Somebody has removed it, or put an ingress qdisc in its place.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {
+                Ok(())
+            }
+            Err(error) => {
+                let action = format!("remove the clsact qdisc of interface {device}");
+                Err(BpfError::from_io(action, error))
+            }
         }
     }
 
@@ -160,6 +202,13 @@ impl Netlink {
         device: u32,
         direction: Direction,
     ) -> Result<Option<Place>, BpfError> {
+        let filters = self.filters(device, direction)?;
+        let named = filters.into_iter().find(|filter| is_named(filter, name));
+        Ok(named.map(|filter| Place { handle: filter.header.handle, info: filter.header.info }))
+    }
+
+    /// All filters of one side; none without a qdisc to hold them.
+    fn filters(&mut self, device: u32, direction: Direction) -> Result<Vec<TcMessage>, BpfError> {
         let mut message = filter_message(device, direction);
         // The kernel lists all kinds whatever we say; saying none is the plain form.
         message.attributes.clear();
@@ -167,19 +216,17 @@ impl Netlink {
         let answers = match self.exchange(request, NLM_F_DUMP) {
             Ok(answers) => answers,
             // There is no qdisc to hold filters.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(Vec::new()),
             Err(error) => {
                 let action = format!("list the tc filters of interface {device}");
                 return Err(BpfError::from_io(action, error));
             }
         };
-        let found = answers.into_iter().find_map(|answer| match answer {
-            RouteNetlinkMessage::NewTrafficFilter(filter) if is_named(&filter, name) => {
-                Some(Place { handle: filter.header.handle, info: filter.header.info })
-            }
+        let filters = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewTrafficFilter(filter) => Some(filter),
             _ => None,
         });
-        Ok(found)
+        Ok(filters.collect())
     }
 
     /// Sends a request and collects the answers until its acknowledgement, its

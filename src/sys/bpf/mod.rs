@@ -45,7 +45,10 @@ pub use programs::{
     xdp_count_drop_program, xdp_drop_program,
 };
 pub use syscall::{BpfError, ProgramKind, load};
-pub use tc::{Attached, Direction, Method, attach_tc, detach_tc, move_to_tcx};
+pub use tc::{
+    Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,
+    move_to_tcx,
+};
 pub use xdp::{XdpMode, attach_xdp};
 
 /// Offsets in `struct __sk_buff` (include/uapi/linux/bpf.h): the context of socket

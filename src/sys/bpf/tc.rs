@@ -7,6 +7,11 @@
 //! takes clsact, and [`move_to_tcx`], called when there is time, port by port, moves
 //! the program without a moment in which no program stands there. Replacing a
 //! program takes tens of microseconds by either.
+//!
+//! A qdisc is one for all: whoever made it may remove it, and our filter with it, and
+//! while ours is there nobody else can make one. So a program goes to TCX at once
+//! where somebody else's qdisc is, and where somebody is about to make one
+//! ([`attach_beside_qdiscs`]).
 
 use super::syscall::BpfError;
 use super::{clsact, tcx};
@@ -26,6 +31,8 @@ pub enum Direction {
 pub enum Attached {
     /// No program of this name was there by this method.
     New,
+    /// The same, in a qdisc that somebody else made.
+    Beside,
     /// It took the place of one of the same name, in one step.
     Replaced,
 }
@@ -41,8 +48,8 @@ pub enum Method {
 
 /// Attaches `program`, loaded as `name`, to interface `device`: by clsact, or by TCX
 /// where the kernel has no cls_bpf, where TCX has a program of that name to replace,
-/// or where it has other programs: they run before clsact and might let frames pass.
-/// It stays until [`detach_tc`] or until the device goes.
+/// where it has other programs, as they run before clsact and might let frames pass,
+/// and where the qdisc is somebody else's, who may remove it. It stays until [`detach_tc`] or until the device goes.
 ///
 /// # Errors
 /// The kernel has neither method, or refused.
@@ -62,8 +69,48 @@ pub fn attach_tc(
         Err(error) => return Err(error),
     }
     match clsact::attach(program, name, device, direction) {
+        Ok(Attached::Beside) => match move_to_tcx(program, name, device, direction) {
+            Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => {
+                Ok((Method::Clsact, Attached::Beside))
+            }
+            result => result,
+        },
         Ok(attached) => Ok((Method::Clsact, attached)),
         Err(BpfError::Unsupported { .. }) => move_to_tcx(program, name, device, direction),
+        Err(error) => Err(error),
+    }
+}
+
+/// As [`attach_tc`], but by TCX wherever it can be, so that somebody else can add a
+/// qdisc to the device meanwhile. Takes as long as [`move_to_tcx`].
+///
+/// # Errors
+/// As for [`attach_tc`].
+pub fn attach_beside_qdiscs(
+    program: BorrowedFd<'_>,
+    name: &str,
+    device: u32,
+    direction: Direction,
+) -> Result<(Method, Attached), BpfError> {
+    match move_to_tcx(program, name, device, direction) {
+        Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => {
+            attach_tc(program, name, device, direction)
+        }
+        result => result,
+    }
+}
+
+/// Whether a program called `name` stands at interface `device`, whatever the method it
+/// was attached by.
+///
+/// # Errors
+/// There is no such interface.
+pub fn is_attached_tc(name: &str, device: u32, direction: Direction) -> Result<bool, BpfError> {
+    match tcx::programs(device, direction) {
+        Ok(programs) if programs.iter().any(|program| program.name == name) => Ok(true),
+        Ok(_) | Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => {
+            clsact::is_attached(name, device, direction)
+        }
         Err(error) => Err(error),
     }
 }
