@@ -1,0 +1,267 @@
+//! Becoming another configuration while forwarding.
+//!
+//! All or nothing: what is new is checked, made ready and opened first, and undone if
+//! any of it fails. Then the worker takes the new table between two bursts, so a VLAN
+//! that moves from one port to another has exactly one of them at any time. VLANs are
+//! let go of before and claimed after that, so that no frame meets a table without a
+//! place for it. Last, what is no longer needed is drained and given back. Ports that
+//! stay are not touched.
+
+use super::Daemon;
+use super::ports::Port;
+use crate::control::api::{EventKind, ReloadReply};
+use crate::control::checks;
+use crate::control::config::{Config, ConfigErrors, diff};
+use crate::control::mapping::{DeviceKind, PortConfig};
+use crate::control::start_error::StartError;
+use crate::dataplane::Command;
+use crate::frame::{Tpid, Vid};
+use crate::switch::{PortIndex, Table};
+use std::collections::HashSet;
+use std::sync::Arc;
+use thiserror::Error;
+use tracing::warn;
+
+/// A change that was not made.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// The new configuration makes no sense.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// Settings differ that only a start can change.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Fixed(Vec<diff::FixedSetting>),
+    /// A port would become another kind of device.
+    #[error(
+        "{0}: an internal port and a device of the same name are different things: remove the \
+         port, then add it anew"
+    )]
+    OtherKind(String),
+    /// The host does not play along.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+impl ChangeError {
+    /// Whether what was asked for is at fault, not the attempt.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Config(_) | Self::Fixed(_) | Self::OtherKind(_) => true,
+            Self::Start(error) => error.is_configuration(),
+        }
+    }
+}
+
+/// What a change amounts to, by position where there is one.
+#[derive(Debug, Default)]
+struct Plan {
+    added: Vec<PortConfig>,
+    removed: Vec<PortIndex>,
+    changed: Vec<(PortIndex, PortConfig)>,
+}
+
+/// What the uplink's filter lets in for a table.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Claims {
+    tagged: HashSet<(Tpid, Vid)>,
+    untagged: bool,
+}
+
+impl Claims {
+    /// The claims of a table.
+    pub fn of(table: &Table) -> Self {
+        Self {
+            tagged: table.claims().iter().copied().collect(),
+            untagged: table.claims_untagged(),
+        }
+    }
+}
+
+impl Daemon {
+    /// Reads the configuration again as SIGHUP asks for.
+    pub(super) fn reload_by_signal(&mut self) {
+        if let Err(error) = self.reload(false) {
+            for line in error.to_string().lines() {
+                warn!("not reloaded: {line}");
+            }
+        }
+    }
+
+    /// Reads the configuration again and becomes it, or only says what would change.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; nothing was changed.
+    pub(super) fn reload(&mut self, dry_run: bool) -> Result<ReloadReply, ChangeError> {
+        let new = self.config.reload()?;
+        let fixed = diff::fixed_settings(&self.config, &new);
+        if !fixed.is_empty() {
+            return Err(ChangeError::Fixed(fixed));
+        }
+        let names = |ports: Vec<&PortConfig>| -> Vec<String> {
+            ports.into_iter().map(|port| port.device.clone()).collect()
+        };
+        let diff = diff::ports(&self.config.ports, &new.ports);
+        let mut reply = ReloadReply {
+            changed: diff.changed.iter().map(|(_, new)| new.device.clone()).collect(),
+            added: names(diff.added),
+            removed: names(diff.removed),
+            notes: Vec::new(),
+        };
+        if dry_run {
+            self.plan(&new)?;
+            return Ok(reply);
+        }
+        reply.notes = self.become_config(new)?;
+        let text = format!(
+            "configuration read again: {} ports added, {} removed, {} changed",
+            reply.added.len(),
+            reply.removed.len(),
+            reply.changed.len()
+        );
+        self.tell(EventKind::Config, None, text);
+        Ok(reply)
+    }
+
+    /// Becomes a configuration that differs in its ports. Returns what the operator
+    /// should know.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; nothing was changed.
+    pub(super) fn become_config(&mut self, new: Config) -> Result<Vec<String>, ChangeError> {
+        let Plan { added, removed, changed } = self.plan(&new)?;
+        let positions = self.ports.free_positions(added.len());
+        for (position, config) in positions.iter().zip(&added) {
+            self.ports.insert(*position, Port::new(config.clone()));
+        }
+        let created_before = self.created();
+        let prepared = self.open_ports(&positions).and_then(|opened| {
+            let mut memberships = self.ports.memberships();
+            for (position, config) in &changed {
+                if let Some(place) = memberships.get_mut(*position) {
+                    *place = Some(&config.membership);
+                }
+            }
+            for position in &removed {
+                if let Some(place) = memberships.get_mut(*position) {
+                    *place = None;
+                }
+            }
+            let table = Table::compile(memberships).map_err(StartError::from)?;
+            Ok((opened, table))
+        });
+        let (opened, table) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.close_ports(&positions, created_before);
+                for position in positions {
+                    self.ports.remove(position);
+                }
+                return Err(error.into());
+            }
+        };
+        // From here on nothing can fail.
+        for position in &positions {
+            if let Some(port) = self.ports.get(*position) {
+                self.command(Command::Add(*position, Arc::clone(&port.shared)));
+            }
+        }
+        let before = std::mem::replace(&mut self.claims, Claims::of(&table));
+        self.claim(&before, &self.claims, false);
+        self.command(Command::Switch(Arc::new(table)));
+        self.await_switch();
+        self.attach_ports(opened);
+        self.claim(&self.claims, &before, true);
+        let notes = self.retire(&removed);
+        for (position, config) in changed {
+            let text = format!("{}: now {}", config.device, config.to_map(new.tpid));
+            let device = config.device.clone();
+            if let Some(port) = self.ports.get_mut(position) {
+                port.config = config;
+            }
+            self.tell(EventKind::PortChanged, Some(&device), text);
+        }
+        for config in &added {
+            let text = format!("{}: added, {}", config.device, config.to_map(new.tpid));
+            self.tell(EventKind::PortAdded, Some(&config.device), text);
+        }
+        let order = new.ports.iter().filter_map(|config| self.ports.by_device(&config.device));
+        let order = order.map(|(position, _)| position).collect();
+        self.ports.set_order(order);
+        self.config = new;
+        self.raise_uplink_mtu();
+        // Carrier and state may have changed through what was set just now.
+        self.follow_links();
+        Ok(notes)
+    }
+
+    /// Checks everything that can be checked without changing anything.
+    fn plan(&mut self, new: &Config) -> Result<Plan, ChangeError> {
+        self.follow_links();
+        let diff = diff::ports(&self.config.ports, &new.ports);
+        checks::file_limit(new.ports.len())?;
+        for (old, new) in &diff.changed {
+            if (old.kind == DeviceKind::Internal) != (new.kind == DeviceKind::Internal) {
+                return Err(ChangeError::OtherKind(new.device.clone()));
+            }
+        }
+        for config in diff.added.iter().chain(diff.changed.iter().map(|(_, new)| new)) {
+            checks::port(config, self.monitor.links())?;
+        }
+        let position =
+            |config: &PortConfig| self.ports.by_device(&config.device).map(|(at, _)| at);
+        Ok(Plan {
+            removed: diff.removed.iter().filter_map(|config| position(config)).collect(),
+            changed: diff
+                .changed
+                .iter()
+                .filter_map(|(_, new)| Some((position(new)?, (*new).clone())))
+                .collect(),
+            added: diff.added.into_iter().cloned().collect(),
+        })
+    }
+
+    /// Claims what `of` has and `without` has not, or lets go of it.
+    fn claim(&self, of: &Claims, without: &Claims, claimed: bool) {
+        let filter = &self.uplink.filter;
+        let mut result = Ok(());
+        for (tpid, vid) in of.tagged.difference(&without.tagged) {
+            result = result.and(filter.claim(tpid.index(), vid.get(), claimed));
+        }
+        if of.untagged && !without.untagged {
+            result = result.and(filter.claim_untagged(claimed));
+        }
+        if let Err(error) = result {
+            warn!("uplink {}: {error}", self.name);
+        }
+    }
+
+    /// Takes ports out for good. Returns what the operator should know.
+    fn retire(&mut self, positions: &[PortIndex]) -> Vec<String> {
+        self.detach_ports(positions);
+        let mut notes = Vec::new();
+        for position in positions {
+            let Some(port) = self.ports.remove(*position) else { continue };
+            let sent = port.shared.from_guest.snapshot();
+            self.retired.out_frames += sent.out_frames;
+            self.retired.out_bytes += sent.out_bytes;
+            let name = port.config.device;
+            if let Some(note) = self.left_behind(&name) {
+                notes.push(note);
+            }
+            self.tell(EventKind::PortRemoved, Some(&name), format!("{name}: removed"));
+        }
+        notes
+    }
+
+    /// What stays of a port that was removed.
+    fn left_behind(&mut self, name: &str) -> Option<String> {
+        let ours = self.forget_created(name)
+            || self.monitor.links().by_name(name).is_some_and(crate::control::host::is_ours);
+        ours.then(|| {
+            format!(
+                "{name}: the tap stays, sealed, as a VM may be attached to it: \
+                 `ip link delete {name}` removes it"
+            )
+        })
+    }
+}
