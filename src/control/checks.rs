@@ -10,6 +10,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use tracing::{info, warn};
 
+const USUAL_GUEST_MTU: u32 = 1500;
+
 /// Refuses what cannot work, warns about what may not, and changes nothing.
 ///
 /// # Errors
@@ -97,9 +99,15 @@ fn check_tap(name: &str, wanted: &TapConfig) {
     }
 }
 
+/// The uplink MTU that guests with the usual MTU need for the tags of these ports, in
+/// bytes.
+pub fn required_mtu(ports: &[PortConfig]) -> u32 {
+    let needs = ports.iter().map(|port| mtu::for_port(&port.membership, USUAL_GUEST_MTU).required);
+    needs.max().unwrap_or(USUAL_GUEST_MTU)
+}
+
 /// Says what MTU the uplink needs; returns it if it is to be set.
 pub fn uplink_mtu(config: &Config, links: &Links) -> Option<u32> {
-    const USUAL_GUEST_MTU: u32 = 1500;
     let uplink = links.by_name(&config.uplink)?;
     let guest_mtu = config.set_uplink_mtu.unwrap_or(USUAL_GUEST_MTU);
     let needs = || config.ports.iter().map(|port| mtu::for_port(&port.membership, guest_mtu));

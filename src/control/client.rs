@@ -62,7 +62,9 @@ pub enum ClientError {
     #[error("the reply is longer than {} MiB; is this vlanswitchd's control socket?", LONGEST_REPLY >> 20)]
     TooLong,
     /// A reply is not what the interface file says.
-    #[error("the reply makes no sense ({0}); is this vlanswitchd's control socket, of the same version?")]
+    #[error(
+        "the reply makes no sense ({0}); is this vlanswitchd's control socket, of the same version?"
+    )]
     Garbage(String),
     /// The switch refused, or failed.
     #[error(transparent)]
@@ -82,7 +84,9 @@ pub enum AnswerError {
     #[error("{0}")]
     Failed(String),
     /// Only reading is allowed.
-    #[error("permission denied: to change something, or to see guests' frames, be root or a member of the control socket's group")]
+    #[error(
+        "permission denied: to change something, or to see guests' frames, be root or a member of the control socket's group"
+    )]
     PermissionDenied,
     /// The switch is older than this program.
     #[error("vlanswitchd does not know {0}; it is of another version: restart it")]
@@ -224,7 +228,11 @@ impl Client {
         let fresh = self.received.get(self.searched..).unwrap_or_default();
         let Some(end) = fresh.iter().position(|byte| *byte == 0) else {
             self.searched = self.received.len();
-            return if self.searched > LONGEST_REPLY { Err(ClientError::TooLong) } else { Ok(None) };
+            return if self.searched > LONGEST_REPLY {
+                Err(ClientError::TooLong)
+            } else {
+                Ok(None)
+            };
         };
         let mut message: Vec<u8> = self.received.drain(..=self.searched + end).collect();
         message.pop();
@@ -237,10 +245,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn receive(
-        &mut self,
-        deadline: Option<(Instant, Duration)>,
-    ) -> Result<(), ClientError> {
+    pub fn receive(&mut self, deadline: Option<(Instant, Duration)>) -> Result<(), ClientError> {
         let left = match deadline {
             None => None,
             Some((end, patience)) => match end.checked_duration_since(Instant::now()) {
@@ -286,8 +291,8 @@ impl Client {
 }
 
 fn parse(message: &[u8]) -> Result<Reply, ClientError> {
-    let message: Message = serde_json::from_slice(message)
-        .map_err(|error| ClientError::Garbage(error.to_string()))?;
+    let message: Message =
+        serde_json::from_slice(message).map_err(|error| ClientError::Garbage(error.to_string()))?;
     if let Some(name) = message.error {
         return Err(AnswerError::new(&name, message.parameters).into());
     }

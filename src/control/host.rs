@@ -64,6 +64,11 @@ impl HostError {
     }
 }
 
+/// Whether vlanswitchd created this device, in this run or an earlier one.
+pub fn is_ours(link: &LinkState) -> bool {
+    link.alias.as_deref() == Some(OUR_ALIAS)
+}
+
 /// How a port is sealed (docs/adr/0002-seal-by-clsact.md).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sealing {
@@ -145,7 +150,7 @@ impl Host {
         };
         attach(self.seal.as_fd(), SEAL_NAME, link.index, Direction::Ingress)?;
         let tap = link.kind.as_deref() == Some(TAP_KIND);
-        let ours = created || link.alias.as_deref() == Some(OUR_ALIAS);
+        let ours = created || is_ours(link);
         let mut found = FoundPort {
             index: link.index,
             name: link.name.clone(),
@@ -201,28 +206,28 @@ impl Host {
     }
 
     /// Seals a port again if its seal was taken away, which `cause` tells of. Frames the
-    /// guest sent in between reached the host.
-    pub fn keep_sealed(&mut self, name: &str, index: u32, cause: &str) {
+    /// guest sent in between reached the host. Returns what people should know.
+    pub fn keep_sealed(&mut self, name: &str, index: u32, cause: &str) -> Option<String> {
         let again = match is_attached_tc(SEAL_NAME, index, Direction::Ingress) {
-            Ok(true) => return,
+            Ok(true) => return None,
             Ok(false) => attach_tc(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress),
             Err(error) => Err(error),
         };
         match again {
             Ok(_) => {
-                warn!(
-                    "{name}: {cause}, and with it the seal that keeps the guest's frames from the \
-                     host: sealed again; do not touch the tc ingress of this device"
-                );
                 // Where the same command does not reach it, nor is in its way.
                 self.settle_seal(index);
+                Some(format!(
+                    "{name}: {cause}, and with it the seal that keeps the guest's frames from the \
+                     host: sealed again; do not touch the tc ingress of this device"
+                ))
             }
             // The device itself is going.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
-            Err(error) => warn!(
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => None,
+            Err(error) => Some(format!(
                 "{name}: {cause}, and its seal cannot be put back: the guest's frames may reach the \
                  host: {error}; `ip link set {name} down` stops them"
-            ),
+            )),
         }
     }
 
@@ -274,14 +279,27 @@ impl Host {
         if let Err(error) = disarm(&mut found) {
             warn!("{error}");
         }
-        if let Some(mtu) = mtu.filter(|mtu| *mtu > link.mtu) {
-            found.mtu = Some(link.mtu);
-            if let Err(error) = self.links.set_mtu(link.index, mtu) {
-                self.give_uplink_back(&found);
-                return Err(error.into());
-            }
+        if let Some(mtu) = mtu
+            && let Err(error) = self.raise_uplink_mtu(&mut found, mtu)
+        {
+            self.give_uplink_back(&found);
+            return Err(error);
         }
         Ok(found)
+    }
+
+    /// Raises the uplink's MTU if it is lower than this, in bytes.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn raise_uplink_mtu(&mut self, found: &mut FoundUplink, mtu: u32) -> Result<(), HostError> {
+        let now = self.links.link(found.index)?.mtu;
+        if mtu > now {
+            self.links.set_mtu(found.index, mtu)?;
+            // What to go back to is what it was before the first of us.
+            found.mtu.get_or_insert(now);
+        }
+        Ok(())
     }
 
     /// Puts the uplink's features and MTU back.

@@ -2,14 +2,17 @@
 //! daemon itself. It may block, allocate and log; nothing here is called per frame.
 
 pub mod api;
+pub mod capture;
 mod checks;
 pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
+mod doctor;
 mod host;
 pub mod links;
 pub mod mapping;
+pub mod metrics;
 mod mtu;
 mod parallel;
 mod privileges;

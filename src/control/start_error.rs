@@ -3,7 +3,9 @@
 use crate::control::host::HostError;
 use crate::control::links::LinkError;
 use crate::control::privileges::MissingCapabilities;
+use crate::control::server::SocketError;
 use crate::dataplane::WorkerError;
+use crate::switch::Conflict;
 use crate::sys::bpf::BpfError;
 use crate::sys::packet::PacketError;
 use crate::sys::tap::TapError;
@@ -79,6 +81,12 @@ pub enum StartError {
     /// No thread or descriptors.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// A socket cannot be listened on.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Two ports claim the same frames.
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
     /// Signals or polling.
     #[error("cannot set up the control loop: {0}")]
     Control(#[from] io::Error),

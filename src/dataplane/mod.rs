@@ -12,9 +12,9 @@ mod pace;
 mod worker;
 
 pub use burst::{Abilities, Lane, SegmentSpace};
-pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared, WorkerShared};
 pub use capture::{
     Chunk, Direction, Place, Record, SINKS_MAX, SNAPLEN_MAX, Selection, Sink, Source, capture,
 };
+pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared, WorkerShared};
 pub use pace::{Pace, PollMode};
 pub use worker::{Command, Departed, Notice, Slot, Worker, WorkerError, WorkerHandle};

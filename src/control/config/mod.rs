@@ -187,6 +187,12 @@ impl Config {
         })
     }
 
+    /// Whether somebody asked for the control socket there is, rather than getting the
+    /// usual one.
+    pub fn control_is_given(&self) -> bool {
+        self.arguments.control.is_some() || self.control != Control::default()
+    }
+
     fn load_from(arguments: Arguments, file: Option<PathBuf>) -> Result<Self, ConfigErrors> {
         let (told, faults) = file.as_deref().map(file::read).unwrap_or_default();
         let mut errors: Vec<ConfigError> = faults.into_iter().map(ConfigError::from).collect();

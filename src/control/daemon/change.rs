@@ -70,10 +70,7 @@ pub struct Claims {
 impl Claims {
     /// The claims of a table.
     pub fn of(table: &Table) -> Self {
-        Self {
-            tagged: table.claims().iter().copied().collect(),
-            untagged: table.claims_untagged(),
-        }
+        Self { tagged: table.claims().iter().copied().collect(), untagged: table.claims_untagged() }
     }
 }
 
@@ -171,6 +168,7 @@ impl Daemon {
         self.await_switch();
         self.attach_ports(opened);
         self.claim(&self.claims, &before, true);
+        self.name_interfaces();
         let notes = self.retire(&removed);
         for (position, config) in changed {
             let text = format!("{}: now {}", config.device, config.to_map(new.tpid));
@@ -207,8 +205,7 @@ impl Daemon {
         for config in diff.added.iter().chain(diff.changed.iter().map(|(_, new)| new)) {
             checks::port(config, self.monitor.links())?;
         }
-        let position =
-            |config: &PortConfig| self.ports.by_device(&config.device).map(|(at, _)| at);
+        let position = |config: &PortConfig| self.ports.by_device(&config.device).map(|(at, _)| at);
         Ok(Plan {
             removed: diff.removed.iter().filter_map(|config| position(config)).collect(),
             changed: diff

@@ -4,7 +4,8 @@
 use super::Daemon;
 use super::ports::Attached;
 use crate::control::api::EventKind;
-use crate::control::host::FoundPort;
+use crate::control::checks;
+use crate::control::host::{FoundPort, Sealing};
 use crate::control::links::{LinkEvent, LinkState};
 use crate::control::mapping::DeviceKind;
 use crate::control::parallel::in_parallel;
@@ -12,6 +13,7 @@ use crate::control::start_error::StartError;
 use crate::dataplane::{Command, Departed, Notice, WorkerHandle};
 use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
 use crate::switch::PortIndex;
+use crate::sys::packet::KernelCounter;
 use crate::sys::tap::{self, TapOptions};
 use nix::net::if_::if_nametoindex;
 use std::time::{Duration, Instant};
@@ -33,6 +35,7 @@ pub struct CreatedTap {
 #[derive(Debug)]
 pub struct Opened {
     position: PortIndex,
+    counter: Option<KernelCounter>,
     /// `None` for an internal port.
     link: Option<LinkState>,
     device: Device,
@@ -73,10 +76,7 @@ impl Daemon {
         for Prepared { link, .. } in &prepared {
             self.host.bring_up(link.index)?;
         }
-        let results = in_parallel(prepared, |Prepared { position, link }| {
-            let device = open(&link, NetdevOptions::Port)?;
-            Ok(Opened { position, link: Some(link), device })
-        });
+        let results = in_parallel(prepared, open_port);
         for result in results {
             opened.push(result?);
         }
@@ -130,7 +130,9 @@ impl Daemon {
             None => self.monitor.links().by_name(name).cloned(),
         };
         match link {
-            Some(link) => self.prepare_port(position, link, created.is_some()).map(Some),
+            Some(link) => {
+                self.prepare_port(position, link, created.is_some(), Sealing::Quick).map(Some)
+            }
             None => {
                 info!("{name}: waiting for it to appear");
                 Ok(None)
@@ -143,8 +145,9 @@ impl Daemon {
         position: PortIndex,
         link: LinkState,
         created: bool,
+        sealing: Sealing,
     ) -> Result<Prepared, StartError> {
-        let found = self.host.prepare_port(&link, created)?;
+        let found = self.host.prepare_port(&link, created, sealing)?;
         if found.is_none() {
             // Not those to be given back: that would take as long again when stopping.
             self.unsettled.push(link.index);
@@ -169,16 +172,12 @@ impl Daemon {
             port.attached = Some(Attached { index: None, counter: None, found: None });
         }
         let device = Device::Internal(InternalPort::new(queue.fd));
-        Ok(Opened { position, link: None, device })
+        Ok(Opened { position, counter: None, link: None, device })
     }
 
     /// Gives opened devices to the worker, which must know their ports.
-    ///
-    /// # Errors
-    /// [`StartError`] when out of file descriptors.
-    pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) -> Result<(), StartError> {
-        for Opened { position, link, device } in opened {
-            let counter = device.kernel_counter()?;
+    pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) {
+        for Opened { position, counter, link, device } in opened {
             let now = link.map(|link| self.host.link(link.index).unwrap_or(link));
             if let Some(port) = self.ports.get_mut(position) {
                 match &now {
@@ -193,22 +192,22 @@ impl Daemon {
             }
             self.command(Command::Attach(Some(position), Box::new(device)));
         }
-        Ok(())
     }
 
     /// Attaches a device that has just appeared.
     fn adopt(&mut self, position: PortIndex, link: &LinkState) -> Result<(), StartError> {
-        let prepared = self.prepare_port(position, link.clone(), false)?;
+        let prepared = self.prepare_port(position, link.clone(), false, Sealing::Lasting)?;
         let up = self.host.bring_up(link.index).map_err(StartError::from);
-        let result = up.and_then(|()| {
-            let device = open(link, NetdevOptions::Port)?;
-            let Prepared { position, link } = prepared;
-            self.attach_ports(vec![Opened { position, link: Some(link), device }])
-        });
-        if result.is_err() {
-            self.give_back(position, None);
+        match up.and_then(|()| open_port(prepared)) {
+            Ok(opened) => {
+                self.attach_ports(vec![opened]);
+                Ok(())
+            }
+            Err(error) => {
+                self.give_back(position, None);
+                Err(error)
+            }
         }
-        result
     }
 
     /// Forgets a port's device and gives it back; `name` is what it is called now.
@@ -271,6 +270,9 @@ impl Daemon {
             if let LinkEvent::Changed { new, .. } = &event {
                 self.device_changed(new);
             }
+            if let LinkEvent::Unhooked { index, cause } = event {
+                self.device_unhooked(index, cause);
+            }
         }
         self.publish_all();
     }
@@ -297,9 +299,7 @@ impl Daemon {
             warn!("uplink {} is gone: waiting for it to come back", self.name);
             publish(&self.uplink.shared.link, None);
             self.uplink.watched.see_state(DeviceState::Absent);
-            self.command(Command::Detach(None));
-            self.await_departure(None);
-            self.count_overruns();
+            self.take_back(&[None]);
             if let Some((_, _, found)) = self.uplink.attached.take() {
                 self.host.give_uplink_back(&found.renamed(new_name));
             }
@@ -317,18 +317,36 @@ impl Daemon {
 
     /// Takes a port's device out of the worker and gives it back; `name` is what it is
     /// called now, if it was renamed.
-    pub(super) fn detach_port(&mut self, position: PortIndex, name: Option<&str>) {
-        self.command(Command::Detach(Some(position)));
-        self.await_departure(Some(position));
-        self.count_overruns();
+    fn detach_port(&mut self, position: PortIndex, name: Option<&str>) {
+        self.take_back(&[Some(position)]);
         self.give_back(position, name);
     }
 
-    /// Waits until the worker has given a device back, and closes it.
-    fn await_departure(&mut self, port: Option<PortIndex>) {
-        self.await_notice(|notice| {
-            matches!(notice, Notice::Departed(departed) if departed.port == port)
-        });
+    /// Takes the devices of ports that are to go out of the worker, and gives them back.
+    pub(super) fn detach_ports(&mut self, positions: &[PortIndex]) {
+        let ports: Vec<_> = positions.iter().copied().map(Some).collect();
+        self.take_back(&ports);
+        for position in positions {
+            self.give_back(*position, None);
+        }
+    }
+
+    /// Takes devices out of the worker, counts what the kernel still had to tell of
+    /// them, and closes them.
+    fn take_back(&mut self, ports: &[Option<PortIndex>]) {
+        for port in ports {
+            self.command(Command::Detach(*port));
+        }
+        let mut devices = Vec::with_capacity(ports.len());
+        for _ in ports {
+            devices.extend(self.await_notice(|notice| match notice {
+                Notice::Departed(Departed { error: None, .. }) => true,
+                Notice::Departed(_) | Notice::Switched => false,
+            }));
+        }
+        self.count_overruns();
+        let parts = devices.into_iter().flat_map(|device| device.into_parts());
+        in_parallel(parts.collect(), drop::<DevicePart>);
     }
 
     /// Waits until the worker decides by the table it was sent last.
@@ -336,19 +354,22 @@ impl Daemon {
         self.await_notice(|notice| matches!(notice, Notice::Switched));
     }
 
-    fn await_notice(&mut self, is_it: impl Fn(&Notice) -> bool) {
+    /// Waits for a notice; returns the device that came with it.
+    fn await_notice(&mut self, is_it: impl Fn(&Notice) -> bool) -> Option<Box<Device>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let Some(worker) = &self.worker else { return };
-            let Ok(notice) = worker.notices.recv_deadline(deadline) else {
+            let notice = self.worker.as_ref()?.notices.recv_deadline(deadline);
+            let Ok(notice) = notice else {
                 warn!("a worker does not answer");
-                return;
+                return None;
             };
-            let found = is_it(&notice);
-            self.take_notice(notice);
-            if found {
-                return;
+            if is_it(&notice) {
+                return match notice {
+                    Notice::Departed(departed) => departed.device,
+                    Notice::Switched => None,
+                };
             }
+            self.take_notice(notice);
         }
     }
 
@@ -426,6 +447,15 @@ impl Daemon {
         }
     }
 
+    /// Something was taken from a device's tc hooks: its seal, perhaps.
+    fn device_unhooked(&mut self, index: u32, cause: &str) {
+        let Some((_, port)) = self.ports.by_index(index) else { return };
+        let name = port.config.device.clone();
+        if let Some(text) = self.host.keep_sealed(&name, index, cause) {
+            self.tell(EventKind::Seal, Some(&name), text);
+        }
+    }
+
     pub(super) fn count_overruns(&self) {
         if let Some((_, Some(counter), _)) = &self.uplink.attached {
             self.uplink.shared.from_wire.add_overruns(counter.take().overruns);
@@ -457,6 +487,23 @@ impl Daemon {
         }
     }
 
+    /// Whether this run created a tap; it is not to be removed from now on.
+    pub(super) fn forget_created(&mut self, name: &str) -> bool {
+        let before = self.created.len();
+        self.created.retain(|tap| tap.name != name);
+        self.created.len() < before
+    }
+
+    /// Gives the uplink the MTU the ports need, if that is asked for and it grew.
+    pub(super) fn raise_uplink_mtu(&mut self) {
+        self.uplink.mtu = checks::uplink_mtu(&self.config, self.monitor.links());
+        if let (Some(mtu), Some((_, _, found))) = (self.uplink.mtu, &mut self.uplink.attached)
+            && let Err(error) = self.host.raise_uplink_mtu(found, mtu)
+        {
+            warn!("{error}");
+        }
+    }
+
     /// How many taps this run has created.
     pub(super) fn created(&self) -> usize {
         self.created.len()
@@ -478,6 +525,11 @@ impl Daemon {
         }
         self.remove_created(created_before);
     }
+}
+
+fn open_port(Prepared { position, link }: Prepared) -> Result<Opened, StartError> {
+    let device = open(&link, NetdevOptions::Port)?;
+    Ok(Opened { position, counter: device.kernel_counter()?, link: Some(link), device })
 }
 
 fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartError> {

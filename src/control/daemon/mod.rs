@@ -6,21 +6,25 @@
 //! once a second to the clock.
 
 mod answer;
+mod capturing;
 mod change;
 mod devices;
 mod ports;
 mod watch;
 
-use crate::control::api::{Event, EventKind};
-use crate::control::cli::{Config, LogFormat};
+use crate::control::api::{Event, EventKind, Sent};
+use crate::control::config::Metrics;
+use crate::control::config::{Config, LogFormat};
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
-use crate::control::server::{Server, bind_control};
+use crate::control::server::{Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
 use crate::control::start_error::StartError;
 use crate::control::{checks, privileges, probe};
 use crate::dataplane::{Abilities, UplinkShared, Worker, WorkerHandle};
 use crate::sys::bpf::UplinkFilter;
 use crate::sys::packet::KernelCounter;
+use capturing::Captures;
+use change::Claims;
 use devices::CreatedTap;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -65,11 +69,13 @@ pub struct Daemon {
     monitor: LinkMonitor,
     uplink: Uplink,
     ports: Ports,
+    /// What the uplink's filter lets in.
+    claims: Claims,
     worker: Option<WorkerHandle>,
     watched_worker: WatchedWorker,
     abilities: Abilities,
     /// What ports sent that have been removed since.
-    retired: crate::control::api::Sent,
+    retired: Sent,
     /// Taps this run created: removed if it does not get as far as forwarding.
     created: Vec<CreatedTap>,
     /// Devices whose seal has not been moved to where it costs least.
@@ -77,6 +83,7 @@ pub struct Daemon {
     poll: Poll,
     signals: SignalFd,
     server: Server,
+    captures: Captures,
     /// Held for as long as the uplink is ours.
     _claim: UnixListener,
 }
@@ -102,6 +109,7 @@ impl Daemon {
         }
         filter.claim_untagged(config.table.claims_untagged())?;
         let mtu = checks::uplink_mtu(&config, monitor.links());
+        let claims = Claims::of(&config.table);
         let shared = Arc::<UplinkShared>::default();
         let watched = Watched::default();
         let ports = Ports::new(config.ports.clone());
@@ -121,15 +129,17 @@ impl Daemon {
             monitor,
             uplink: Uplink { shared, filter, mtu, attached: None, watched },
             ports,
+            claims,
             worker: Some(worker.spawn(commands, notices)?),
             watched_worker: WatchedWorker::default(),
             abilities,
-            retired: Default::default(),
+            retired: Sent::default(),
             created: Vec::new(),
             unsettled: Vec::new(),
             poll,
             signals,
             server,
+            captures: Captures::default(),
             _claim: claim,
         };
         match daemon.attach_all() {
@@ -147,7 +157,7 @@ impl Daemon {
         registry.register(&mut SourceFd(&self.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         registry.register(&mut SourceFd(&self.monitor.as_raw_fd()), LINKS, Interest::READABLE)?;
         let opened = self.open_ports(&self.ports.positions())?;
-        self.attach_ports(opened)?;
+        self.attach_ports(opened);
         // The uplink comes last, so that no frame meets a port not yet attached.
         if let Some(link) = self.monitor.links().by_name(&self.name).cloned() {
             self.attach_uplink(&link)?;
@@ -192,6 +202,7 @@ impl Daemon {
             if now >= next_tick {
                 self.tick(now);
                 self.take_notices();
+                self.end_captures();
                 next_tick = now + TICK;
             }
             if events.is_empty()
@@ -261,10 +272,10 @@ impl Daemon {
         self.server.tell(&Event { time: wall_clock(), kind, device, text });
     }
 
-    fn report(&self) -> String {
+    fn report(&mut self) -> String {
         let report = self.counters();
         match self.config.log_format {
-            LogFormat::Text => report.to_text(),
+            LogFormat::Text => report.to_text(false),
             LogFormat::Json => report.to_json() + "\n",
         }
     }
@@ -273,8 +284,20 @@ impl Daemon {
 /// Listens on the sockets of the configuration.
 fn listen(config: &Config, poll: &Poll) -> Result<Server, StartError> {
     let mut listeners = Vec::new();
-    if let Some(path) = &config.control {
-        listeners.push(bind_control(path)?);
+    if let Some(path) = config.control.path() {
+        match bind_control(path) {
+            Ok(listener) => listeners.push(listener),
+            // Nobody asked for it: the switch can do without.
+            Err(error) if !config.control_is_given() => {
+                warn!("no control socket: {error}");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match &config.metrics {
+        Metrics::Off => {}
+        Metrics::Tcp(address) => listeners.push(bind_metrics_tcp(*address)?),
+        Metrics::Unix(path) => listeners.push(bind_metrics_unix(path)?),
     }
     Ok(Server::new(listeners, poll.registry(), SERVER)?)
 }

@@ -56,14 +56,18 @@ pub struct Ports {
 impl Ports {
     /// Ports of these configurations, without devices.
     pub fn new(configs: Vec<PortConfig>) -> Self {
-        let places: Vec<_> =
-            configs.into_iter().map(|config| Some(Port::new(config))).collect();
+        let places: Vec<_> = configs.into_iter().map(|config| Some(Port::new(config))).collect();
         Self { order: (0..places.len()).collect(), places }
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
         self.order.len()
+    }
+
+    /// How many positions there are, free ones included.
+    pub fn places(&self) -> usize {
+        self.places.len()
     }
 
     /// The port at a position.
@@ -133,9 +137,6 @@ impl Ports {
 
     /// Each position's configuration, empty positions included.
     pub fn memberships(&self) -> Vec<Option<&crate::switch::Membership>> {
-        self.places
-            .iter()
-            .map(|place| place.as_ref().map(|port| &port.config.membership))
-            .collect()
+        self.places.iter().map(|place| place.as_ref().map(|port| &port.config.membership)).collect()
     }
 }

@@ -210,9 +210,9 @@ tap-web1  attached  1234567        0
         assert!(coloured.contains("\u{1b}[32mattached\u{1b}[0m"), "{coloured:?}");
         let mut plain = String::new();
         for part in coloured.split('\u{1b}') {
-            plain.push_str(part.strip_prefix('[').map_or(part, |code| {
-                code.split_once('m').unwrap().1
-            }));
+            plain.push_str(
+                part.strip_prefix('[').map_or(part, |code| code.split_once('m').unwrap().1),
+            );
         }
         assert_eq!(plain, sheet.render(false));
     }

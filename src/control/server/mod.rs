@@ -18,9 +18,11 @@
 mod client;
 mod http;
 mod socket;
+mod stream;
 mod varlink;
 
-pub use socket::{MetricsAddress, SocketError, bind_control, bind_metrics};
+pub use socket::{SocketError, bind_control, bind_metrics_tcp, bind_metrics_unix};
+pub use stream::CaptureStream;
 pub use varlink::Refusal;
 
 use crate::control::api::{Event, EventKind, EventReply, Request};

@@ -74,24 +74,19 @@ pub fn bind_control(path: &Path) -> Result<Listener, SocketError> {
     bind_unix("control", path, 0o660, |gid| Protocol::Varlink { gid })
 }
 
-/// Where metrics are read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MetricsAddress {
-    /// A TCP port.
-    Tcp(SocketAddr),
-    /// A unix socket.
-    Unix(PathBuf),
-}
-
-/// Listens for readers of metrics.
+/// Listens for readers of metrics on a unix socket.
 ///
 /// # Errors
 /// [`SocketError`].
-pub fn bind_metrics(address: &MetricsAddress) -> Result<Listener, SocketError> {
-    let address = match address {
-        MetricsAddress::Unix(path) => return bind_unix("metrics", path, 0o666, |_| Protocol::Http),
-        MetricsAddress::Tcp(address) => address,
-    };
+pub fn bind_metrics_unix(path: &Path) -> Result<Listener, SocketError> {
+    bind_unix("metrics", path, 0o666, |_| Protocol::Http)
+}
+
+/// Listens for readers of metrics on a TCP port.
+///
+/// # Errors
+/// [`SocketError`].
+pub fn bind_metrics_tcp(address: SocketAddr) -> Result<Listener, SocketError> {
     let unusable =
         |reason| SocketError::Unusable { option: "metrics", place: address.to_string(), reason };
     let socket = TcpListener::bind(address).map_err(unusable)?;

@@ -1,0 +1,89 @@
+//! Captures on behalf of clients: each gets a thread of its own, which takes over the
+//! client's connection and waits for it; the control loop does not.
+
+use super::Daemon;
+use crate::control::api::CaptureRequest;
+use crate::control::capture::filter::{self, Program};
+use crate::control::capture::{Names, Options, Session};
+use crate::control::server::{CaptureStream, ClientId, Refusal};
+use crate::dataplane::{Command, Place, SINKS_MAX, SNAPLEN_MAX, Selection, capture};
+use tracing::info;
+
+/// Captures under way.
+#[derive(Debug, Default)]
+pub struct Captures {
+    sessions: Vec<Session>,
+    names: Names,
+}
+
+impl Captures {
+    /// How many there are.
+    pub fn running(&self) -> usize {
+        self.sessions.iter().filter(|session| !session.is_finished()).count()
+    }
+}
+
+impl Daemon {
+    /// Starts a capture for a client, which from then on belongs to it.
+    ///
+    /// # Errors
+    /// [`Refusal`]; the client stays.
+    pub(super) fn start_capture(
+        &mut self,
+        client: ClientId,
+        wanted: &CaptureRequest,
+    ) -> Result<(), Refusal> {
+        self.end_captures();
+        if self.captures.running() >= SINKS_MAX {
+            return Err(Refusal::refused(format!(
+                "{SINKS_MAX} captures are under way, as many as there can be: end one first"
+            )));
+        }
+        let place = match wanted.port.as_deref() {
+            None => Place::Everywhere,
+            Some(name) if name == "uplink" || name == self.name => Place::Uplink,
+            Some(name) => {
+                let bare = name.strip_prefix("internal:").unwrap_or(name);
+                let port = self.ports.by_device(bare);
+                Place::Port(port.ok_or_else(|| Refusal::no_such_port(name))?.0)
+            }
+        };
+        let filter = wanted.filter.as_deref().map(compile).transpose()?;
+        let snaplen = wanted.snaplen.map_or(SNAPLEN_MAX, |bytes| bytes as usize);
+        let snaplen = snaplen.clamp(1, SNAPLEN_MAX);
+        let options = Options { place, filter, snaplen: snaplen as u32, limit: wanted.limit };
+        let selection = Selection { place, drops_only: wanted.drops.unwrap_or(false) };
+        self.name_interfaces();
+        let (sink, source) = capture(selection, snaplen, self.ports.places());
+        let stream = self.server.hand_over(client, self.poll.registry());
+        let Some(stream) = stream.map(CaptureStream::new) else { return Ok(()) };
+        let session = Session::start(source, self.captures.names.clone(), options, stream)
+            .map_err(Refusal::failed)?;
+        self.captures.sessions.push(session);
+        self.command(Command::Capture(Box::new(sink)));
+        info!("capturing: {}", wanted.port.as_deref().unwrap_or("everything"));
+        Ok(())
+    }
+
+    /// Tells captures what interfaces are called now.
+    pub(super) fn name_interfaces(&self) {
+        self.captures.names.set(None, &self.name);
+        for (position, port) in self.ports.iter() {
+            self.captures.names.set(Some(position), &port.config.device);
+        }
+    }
+
+    /// Forgets captures that have ended.
+    pub(super) fn end_captures(&mut self) {
+        let sessions = &mut self.captures.sessions;
+        while let Some(ended) = sessions.iter().position(Session::is_finished) {
+            let summary = sessions.swap_remove(ended).join();
+            info!("capture ended: {} frames written, {} missed", summary.written, summary.missed);
+        }
+    }
+}
+
+fn compile(text: &str) -> Result<Program, Refusal> {
+    let instructions = filter::parse(text).map_err(Refusal::refused)?;
+    Program::new(&instructions).map_err(Refusal::refused)
+}

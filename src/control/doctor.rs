@@ -1,0 +1,1 @@
+//! What is wrong with the host, and how to mend it.
