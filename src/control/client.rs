@@ -303,7 +303,7 @@ fn parse(message: &[u8]) -> Result<Reply, ClientError> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
     use super::*;
     use crate::control::api::CaptureRequest;
 
