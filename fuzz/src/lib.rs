@@ -14,6 +14,10 @@
 pub mod frames;
 
 use frames::{Inside, Network, Recipe, Transport, Version};
+use std::path::Path;
+use std::sync::Arc;
+use vlanswitchd::control::config::file;
+use vlanswitchd::control::mapping;
 use vlanswitchd::frame::headers::transport;
 use vlanswitchd::frame::segment::{SegmentError, Segmenter};
 use vlanswitchd::frame::tag::STACK_DEPTH;
@@ -46,6 +50,25 @@ pub fn tag_stack(data: &[u8]) {
     if depth < STACK_DEPTH {
         let ethertype = u16::from_be_bytes([wire[12 + 4 * depth], wire[13 + 4 * depth]]);
         assert_eq!(Tpid::from_ethertype(ethertype), None, "a tag was left unread");
+    }
+}
+
+/// A configuration file of any bytes is read or refused; a port that is understood
+/// reads back from its own words.
+pub fn configuration(data: &[u8]) {
+    let path: Arc<Path> = Path::new("fuzz.toml").into();
+    let (config, faults) = file::parse(&path, data);
+    for fault in faults {
+        assert!(!fault.to_string().contains(char::is_control), "{fault}");
+    }
+    for spec in config.ports {
+        match spec.build(Tpid::Customer) {
+            Ok(port) => {
+                let map = port.to_map(Tpid::Customer);
+                assert_eq!(mapping::parse(&map, Tpid::Customer).ok(), Some(port), "{map}");
+            }
+            Err(error) => assert!(!error.to_string().contains(char::is_control), "{error}"),
+        }
     }
 }
 

@@ -13,6 +13,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
+pub(super) use problem::one_line;
 pub use problem::{MapError, MapProblem, Origin};
 pub use spec::{DEVICE, PortSpec, VLAN};
 

@@ -8,7 +8,7 @@
 
 use super::schema::{self, Kinds, PORT_TABLE, SECTIONS, SWITCH_TABLE, UPLINK_TABLE};
 use super::settings::{Control, Datapath, LogFormat, Metrics, word};
-use crate::control::mapping::{Origin, PortSpec, parse_tpid};
+use crate::control::mapping::{Origin, PortSpec, one_line, parse_tpid};
 use crate::dataplane::PollMode;
 use crate::frame::Tpid;
 use std::fmt;
@@ -40,9 +40,9 @@ impl fmt::Display for FileError {
             write!(formatter, ":{line}:{column}")?;
         }
         if let Some(key) = &self.key {
-            write!(formatter, ": {key}")?;
+            write!(formatter, ": {}", one_line(key))?;
         }
-        write!(formatter, ": {}", self.problem)
+        write!(formatter, ": {}", one_line(&self.problem))
     }
 }
 
@@ -132,12 +132,13 @@ fn place_of(text: &str, offset: usize) -> (usize, usize) {
     (before.matches('\n').count() + 1, column)
 }
 
-/// A value as the command line would have it, if the key takes its type.
-pub(super) fn text_of(kinds: Kinds, value: &Value) -> Option<String> {
+/// A value as the command line would have it, if the key takes its type. `written`
+/// is how it stands in the file.
+fn text_of(kinds: Kinds, value: &Value, written: &str) -> Option<String> {
     match value {
         Value::String(text) => Some(text.value().clone()),
         // As written: 0x88a8 is how TPIDs are known.
-        Value::Integer(number) if kinds.hexadecimal => Some(number.display_repr().into_owned()),
+        Value::Integer(_) if kinds.hexadecimal => Some(written.to_owned()),
         Value::Integer(number) if kinds.integer => Some(number.value().to_string()),
         Value::Boolean(switch) => {
             let [off, on] = kinds.boolean?;
@@ -207,8 +208,8 @@ impl Reader<'_> {
                 self.refuse(span, name, schema::unknown(Some(section), name));
                 continue;
             };
-            let value = item.as_value();
-            match value.and_then(|value| text_of(key.kinds, value)) {
+            let written = item.span().and_then(|span| self.text.get(span)).unwrap_or_default();
+            match item.as_value().and_then(|value| text_of(key.kinds, value, written)) {
                 Some(text) => found.push(Found { key: key.name, text, span: item.span() }),
                 None => {
                     let span = item.span().or(span);

@@ -9,7 +9,7 @@
 use super::file::{self, FileError};
 use super::schema::{PORT_TABLE, value_for};
 use super::show;
-use crate::control::mapping::{self, MapError, PortConfig, Uplink};
+use crate::control::mapping::{self, DeviceKind, MapError, PortConfig, Uplink};
 use crate::frame::Tpid;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -53,9 +53,17 @@ pub enum PersistError {
     /// It has a fault.
     #[error("{0}: mend this first, or make the change by hand")]
     Fault(FileError),
-    /// Its ports would not go together.
-    #[error("{0}: the change would make the file one that is refused; mend it by hand")]
-    Refused(MapError),
+    /// One of its ports has a fault.
+    #[error("{0}: mend this first, or make the change by hand")]
+    PortFault(Box<MapError>),
+    /// The change does not go with what else is in it.
+    #[error("{error}; {file} is as it was", file = .file.display())]
+    Clash {
+        /// The file.
+        file: PathBuf,
+        /// What does not go.
+        error: Box<MapError>,
+    },
     /// The port to change or remove is not there.
     #[error(
         "{file}: no [[port]] has device {device}: if it comes from --map, change the command line",
@@ -82,6 +90,8 @@ pub enum PersistError {
     #[error("{}: cannot be edited without losing something: make the change by hand", .0.display())]
     NotEditable(PathBuf),
 }
+
+type Read = (Vec<PortConfig>, Option<(String, String)>);
 
 /// Makes one change in a file. `default_tpid` is the one in force, which the
 /// command line may have set over the file. With `create` a file that does not
@@ -125,10 +135,16 @@ pub fn edit(
         Change::Add(port) | Change::Set(port) => port.device.as_str(),
         Change::Remove(device) => device,
     };
-    let ports = read_ports(path, before, default_tpid)?;
+    let (ports, uplink) = read_ports(path, before, default_tpid)?;
     let position = ports.iter().position(|port| port.device == device);
     let not_editable = || PersistError::NotEditable(path.to_owned());
     let mut document: DocumentMut = before.parse().map_err(|_| not_editable())?;
+    let expected = after_change(ports.clone(), change, position);
+    let uplink = uplink.as_ref().map(|(device, place)| Uplink { device, place });
+    if let Err(error) = mapping::compile(&expected, uplink) {
+        let error = error.into_iter().next().map(Box::new).ok_or_else(not_editable)?;
+        return Err(PersistError::Clash { file: path.to_owned(), error });
+    }
     match (change, position) {
         (Change::Add(port), None) => {
             add(&mut document, port, default_tpid).ok_or_else(not_editable)?;
@@ -152,29 +168,34 @@ pub fn edit(
     }
     let after = with_line_ends_of(before, document.to_string());
     // Proof instead of trust: what was asked for, and all other ports as they were.
-    let mut expected = ports;
-    match (change, position) {
-        (Change::Set(port), Some(position)) => {
-            if let Some(place) = expected.get_mut(position) {
-                place.clone_from(port);
-            }
-        }
-        (Change::Remove(_), Some(position)) => {
-            expected.remove(position);
-        }
-        (change, _) => expected.extend(match change {
-            Change::Add(port) => Some(port.clone()),
-            _ => None,
-        }),
-    }
-    if read_ports(path, &after, default_tpid)? == expected {
+    if read_ports(path, &after, default_tpid)?.0 == expected {
         Ok(after)
     } else {
         Err(not_editable())
     }
 }
 
-fn read_ports(path: &Path, text: &str, tpid: Tpid) -> Result<Vec<PortConfig>, PersistError> {
+/// The ports as they are to be.
+fn after_change(
+    mut ports: Vec<PortConfig>,
+    change: Change<'_>,
+    at: Option<usize>,
+) -> Vec<PortConfig> {
+    match (change, at.filter(|at| *at < ports.len())) {
+        (Change::Add(port) | Change::Set(port), None) => ports.push(port.clone()),
+        (Change::Add(port) | Change::Set(port), Some(at)) => {
+            ports.splice(at..=at, [port.clone()]);
+        }
+        (Change::Remove(_), Some(at)) => {
+            ports.remove(at);
+        }
+        (Change::Remove(_), None) => {}
+    }
+    ports
+}
+
+/// The ports of a text without faults, and the uplink with its place.
+fn read_ports(path: &Path, text: &str, tpid: Tpid) -> Result<Read, PersistError> {
     let file: Arc<Path> = path.into();
     let (config, faults) = file::parse(&file, text.as_bytes());
     if let Some(fault) = faults.into_iter().next() {
@@ -182,11 +203,11 @@ fn read_ports(path: &Path, text: &str, tpid: Tpid) -> Result<Vec<PortConfig>, Pe
     }
     let uplink = config.uplink.as_ref().map(|(device, place)| Uplink { device, place });
     match mapping::build_all(&config.ports, uplink, tpid) {
-        Ok((ports, _)) => Ok(ports),
-        Err(errors) => Err(errors
-            .into_iter()
-            .next()
-            .map_or_else(|| PersistError::NotEditable(path.to_owned()), PersistError::Refused)),
+        Ok((ports, _)) => Ok((ports, config.uplink)),
+        Err(errors) => Err(match errors.into_iter().next() {
+            Some(error) => PersistError::PortFault(Box::new(error)),
+            None => PersistError::NotEditable(path.to_owned()),
+        }),
     }
 }
 
@@ -247,19 +268,26 @@ fn set(table: &mut Table, old: &PortConfig, new: &PortConfig, default_tpid: Tpid
             put(table, key, text);
         }
     }
-    // What said a default, or no longer goes with the rest.
-    let kind_stays = std::mem::discriminant(old.membership.vlans())
-        == std::mem::discriminant(new.membership.vlans())
-        && old.kind == new.kind;
+    // What no longer holds; what said a default may stay while that is the default.
+    let same_vlans = std::mem::discriminant(old.membership.vlans())
+        == std::mem::discriminant(new.membership.vlans());
+    let same_kind = is_created(old) == is_created(new)
+        && std::mem::discriminant(&old.kind) == std::mem::discriminant(&new.kind);
     let names: Vec<String> = table.iter().map(|(key, _)| key.to_owned()).collect();
     for name in names {
-        let wanted = find(&after, &name).is_some();
-        let said_default = find(&before, &name).is_none();
-        let stays = wanted || (said_default && kind_stays);
-        if !stays {
+        let same_default = match name.as_str() {
+            "create" | "owner" | "group" | "queues" => same_kind,
+            _ => same_vlans,
+        };
+        let said_default = find(&before, &name).is_none() && same_default;
+        if find(&after, &name).is_none() && !said_default {
             table.remove(&name);
         }
     }
+}
+
+fn is_created(port: &PortConfig) -> bool {
+    matches!(port.kind, DeviceKind::Netdev { create: Some(_) })
 }
 
 /// Gives a key a value, with the spaces and the comment around the old one.
@@ -292,7 +320,6 @@ fn remove(document: &mut DocumentMut, position: usize) -> Option<()> {
     match next_table(document, place) {
         Some(next) => {
             let prefix = format!("{kept}{}", text_of(next.decor().prefix()));
-            // The first line of a file is not empty.
             next.decor_mut().set_prefix(prefix);
         }
         None => {
@@ -337,4 +364,195 @@ fn replace(target: &Path, text: &str) -> io::Result<()> {
     file.sync_all()?;
     temporary.persist(target).map_err(|error| error.error)?;
     File::open(folder)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        reason = "tests fail by panicking"
+    )]
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::fs::symlink;
+
+    const FILE: &str = "\
+# The switch of host 7.
+
+[uplink]
+device = \"eth0\"   # to the core
+
+# --- the guests ---
+
+# web
+[[port]]
+vlan=101 # public
+device = 'tap-web1'
+mode = \"tunnel\"
+owner = \"root\"
+
+# firewall, see ticket 12
+[[port]]
+device = \"tap-fw\"
+vlan = \"200-210\"  # a range
+native = 200
+
+[switch]
+poll = \"busy\"
+# the end
+";
+
+    fn port(map: &str) -> PortConfig {
+        mapping::parse(map, Tpid::Customer).unwrap()
+    }
+
+    fn edited(before: &str, change: Change<'_>) -> String {
+        edit(Path::new("v.toml"), before, change, Tpid::Customer)
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// `FILE` with one piece replaced by another.
+    fn file_with(old: &str, new: &str) -> String {
+        assert_eq!(FILE.matches(old).count(), 1, "{old}");
+        FILE.replace(old, new)
+    }
+
+    #[test]
+    fn a_port_is_added_behind_everything() {
+        let new = port("102=tap-new,owner=root,queues=2,create=yes,tpid=0x88a8,pcp=copy");
+        let expected = format!(
+            "{FILE}\n[[port]]\nvlan = 102\ndevice = \"tap-new\"\ntpid = \"0x88a8\"\npcp = \"copy\"\n\
+             owner = \"root\"\nqueues = 2\n"
+        );
+        assert_eq!(edited(FILE, Change::Add(&new)), expected);
+        let bare = port("0=t,create=no");
+        let table = "[[port]]\nvlan = 0\ndevice = \"t\"\ncreate = false\n";
+        assert_eq!(edited("", Change::Add(&bare)), table);
+        assert_eq!(edited("# mine", Change::Add(&bare)), format!("# mine\n\n{table}"));
+    }
+
+    #[test]
+    fn only_the_keys_that_change_are_touched() {
+        for (map, old, new) in [
+            ("111=tap-web1,owner=root", "vlan=101 #", "vlan=111 #"),
+            ("101=tap-web1", "owner = \"root\"\n", ""),
+            ("101=tap-web1,owner=root,pcp=3", "owner = \"root\"\n", "owner = \"root\"\npcp = 3\n"),
+            ("101=tap-web1,owner=root,mode=access", "mode = \"tunnel\"", "mode = \"access\""),
+            ("200-211=tap-fw,native=200", "\"200-210\"  #", "\"200-211\"  #"),
+            ("7=tap-fw", "vlan = \"200-210\"  # a range\nnative = 200\n", "vlan = 7  # a range\n"),
+            ("101=tap-web1,owner=root", "zzz", "zzz"),
+        ] {
+            let expected = if old == "zzz" { FILE.to_owned() } else { file_with(old, new) };
+            assert_eq!(edited(FILE, Change::Set(&port(map))), expected, "{map}");
+        }
+        // A default that was written down and no longer holds.
+        let expected = file_with("vlan=101 # public", "vlan=\"101-102\" # public")
+            .replace("mode = \"tunnel\"\n", "");
+        let list = port("101-102=tap-web1,owner=root");
+        assert_eq!(edited(FILE, Change::Set(&list)), expected);
+    }
+
+    #[test]
+    fn a_removed_port_takes_its_own_comment_along_and_no_other() {
+        let web = "# web\n[[port]]\nvlan=101 # public\ndevice = 'tap-web1'\nmode = \"tunnel\"\n\
+                   owner = \"root\"\n\n";
+        assert_eq!(edited(FILE, Change::Remove("tap-web1")), file_with(web, ""));
+        let firewall = "# firewall, see ticket 12\n[[port]]\ndevice = \"tap-fw\"\n\
+                        vlan = \"200-210\"  # a range\nnative = 200\n\n";
+        let without = edited(FILE, Change::Remove("tap-fw"));
+        assert_eq!(without, file_with(firewall, ""));
+        let neither = edited(&without, Change::Remove("tap-web1"));
+        assert!(neither.contains("# --- the guests ---") && neither.contains("# the end"));
+        assert!(!neither.contains("port"), "{neither}");
+    }
+
+    #[test]
+    fn lines_end_as_they_did() {
+        let windows = "[uplink]\r\ndevice = 'e'\r\n";
+        let after = edited(windows, Change::Add(&port("5=t")));
+        assert_eq!(after, format!("{windows}\r\n[[port]]\r\nvlan = 5\r\ndevice = \"t\"\r\n"));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_cure() {
+        let refused = |text: &str, change: Change<'_>| {
+            edit(Path::new("v.toml"), text, change, Tpid::Customer).unwrap_err().to_string()
+        };
+        for (told, expected) in [
+            (
+                refused(FILE, Change::Remove("x")),
+                "no [[port]] has device x: if it comes from --map",
+            ),
+            (refused(FILE, Change::Set(&port("5=x"))), "no [[port]] has device x"),
+            (refused(FILE, Change::Add(&port("5=tap-fw"))), "has device tap-fw already"),
+            (
+                refused(FILE, Change::Add(&port("205=x"))),
+                "socket's 205=x: VLAN 205 (TPID 0x8100) belongs to v.toml:16",
+            ),
+            (refused(FILE, Change::Add(&port("5=eth0"))), "eth0 is the uplink itself, by v.toml:4"),
+            (refused("[x]", Change::Remove("x")), "v.toml:1:2: x: no such key"),
+            (refused("[[port]]", Change::Remove("x")), "v.toml:1: vlan is missing"),
+        ] {
+            assert!(told.contains(expected), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_at_once_and_keeps_its_mode_and_links() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("real.toml"), folder.path().join("link.toml"));
+        let new = port("5=t");
+        let error = persist(&file, Change::Add(&new), Tpid::Customer, false).unwrap_err();
+        assert!(error.to_string().contains("no such file: create it"), "{error}");
+        assert!(!file.exists());
+        persist(&file, Change::Add(&new), Tpid::Customer, true).unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o644);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        symlink("real.toml", &link).unwrap();
+        let before = fs::metadata(&file).unwrap();
+        persist(&link, Change::Set(&port("6=t")), Tpid::Customer, false).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "[[port]]\nvlan = 6\ndevice = \"t\"\n");
+        let after = fs::metadata(&file).unwrap();
+        assert_eq!((after.mode(), after.uid()), (before.mode(), before.uid()));
+        assert_ne!(after.ino(), before.ino(), "written over, not replaced");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left behind");
+    }
+
+    proptest! {
+        /// `edit` proves its own result; here that it never has to give up, and that
+        /// lines of others stay.
+        #[test]
+        fn changes_leave_the_lines_of_others(
+            picks in prop::collection::vec((0..6_u16, 0..3_u8, 0..4_usize), 1..12)
+        ) {
+            let mut text = FILE.to_owned();
+            for (number, change, shape) in picks {
+                let device = format!("t{number}");
+                let first = 1000 + 10 * number;
+                let map = [
+                    format!("{first}={device}"),
+                    format!("{first}-{}={device},native={first}", first + 4),
+                    format!("{first}.5={device},inner-tpid=0x88a8,owner=0"),
+                    format!("{first}=internal:{device},mode=access"),
+                ][shape].clone();
+                let new = port(&map);
+                let change = match change {
+                    0 => Change::Add(&new),
+                    1 => Change::Set(&new),
+                    _ => Change::Remove(&device),
+                };
+                match edit(Path::new("v.toml"), &text, change, Tpid::Customer) {
+                    Ok(after) => text = after,
+                    Err(PersistError::There { .. } | PersistError::NotThere { .. }) => {}
+                    Err(error) => prop_assert!(false, "{}\n{}", error, text),
+                }
+            }
+            for line in FILE.lines() {
+                prop_assert!(text.contains(line), "{} is lost in\n{}", line, text);
+            }
+        }
+    }
 }

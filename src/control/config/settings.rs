@@ -53,7 +53,13 @@ pub fn name(value: &impl ValueEnum) -> String {
 pub(super) fn word<T: ValueEnum>(text: &str) -> Result<T, String> {
     T::from_str(text, false).map_err(|_| {
         let names: Vec<String> = T::value_variants().iter().map(name).collect();
-        format!("'{text}' is no choice: choose {}", names.join(" or "))
+        let choices = match names.split_last() {
+            Some((last, others)) if !others.is_empty() => {
+                format!("{} or {last}", others.join(", "))
+            }
+            _ => names.concat(),
+        };
+        format!("'{text}' is no choice: choose {choices}")
     })
 }
 
@@ -180,6 +186,6 @@ mod tests {
     fn words_name_the_choices() {
         assert_eq!(word::<PollMode>("busy"), Ok(PollMode::Busy));
         let error = word::<PollMode>("Busy").unwrap_err();
-        assert_eq!(error, "'Busy' is no choice: choose adaptive or busy or sleep");
+        assert_eq!(error, "'Busy' is no choice: choose adaptive, busy or sleep");
     }
 }

@@ -34,6 +34,20 @@ impl fmt::Display for Origin {
     }
 }
 
+/// Text without control characters: what is refused may have any in it, and goes to
+/// logs and terminals.
+pub(in crate::control) fn one_line(text: &impl ToString) -> String {
+    let escape = |character: char| {
+        let (plain, escaped) = if character.is_control() {
+            (None, Some(character.escape_default()))
+        } else {
+            (Some(character), None)
+        };
+        plain.into_iter().chain(escaped.into_iter().flatten())
+    };
+    text.to_string().chars().flat_map(escape).collect()
+}
+
 /// Why a port was refused.
 #[derive(Debug, Error)]
 pub struct MapError {
@@ -47,8 +61,8 @@ pub struct MapError {
 
 impl fmt::Display for MapError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let problem = self.problem.to_string();
-        write!(formatter, "{}: ", self.origin)?;
+        let problem = one_line(&self.problem);
+        write!(formatter, "{}: ", one_line(&self.origin))?;
         // The words of a map show what is meant; a line of a file is a number only.
         match (&self.origin, self.key) {
             (Origin::File { .. }, Some(key)) if !problem.starts_with(key) => {

@@ -128,6 +128,14 @@ fn all_faults_are_told_at_once() {
 }
 
 #[test]
+fn a_refusal_is_one_line_whatever_is_refused() {
+    let error = argument("5=a\nb,mode=\u{1b}[31m").unwrap().build(Tpid::Customer).unwrap_err();
+    let text = error.to_string();
+    assert!(!text.contains(char::is_control), "{text}");
+    assert!(text.starts_with("--map 5=a\\nb,mode="), "{text}");
+}
+
+#[test]
 fn a_port_in_a_file_is_refused_at_the_keys_line() {
     let mut spec = PortSpec::new(Origin::File { file: Path::new("/etc/v.toml").into(), line: 4 });
     let refused = |spec: &PortSpec| spec.build(Tpid::Customer).unwrap_err().to_string();
