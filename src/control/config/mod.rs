@@ -42,7 +42,7 @@ pub const DEFAULT_FILE: &str = "/etc/vlanswitchd/vlanswitchd.toml";
 
 /// Everything the daemon is told, checked as far as it can be without looking at
 /// the host.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Name of the uplink.
     pub uplink: String,
@@ -143,7 +143,10 @@ impl Config {
     /// # Errors
     /// [`ConfigErrors`], all that is wrong.
     pub fn load(arguments: Arguments) -> Result<Self, ConfigErrors> {
-        let default = Path::new(DEFAULT_FILE);
+        Self::load_or(arguments, Path::new(DEFAULT_FILE))
+    }
+
+    fn load_or(arguments: Arguments, default: &Path) -> Result<Self, ConfigErrors> {
         let file = arguments.config.clone();
         let file = file.or_else(|| default.exists().then(|| default.to_owned()));
         Self::load_from(arguments, file)
@@ -169,22 +172,7 @@ impl Config {
         let uplink = Uplink { device: &self.uplink, place: &self.uplink_place };
         let table = mapping::compile(&ports, Some(uplink))
             .map_err(|errors| ConfigErrors(errors.into_iter().map(ConfigError::from).collect()))?;
-        Ok(Self {
-            uplink: self.uplink.clone(),
-            ports,
-            table,
-            tpid: self.tpid,
-            datapath: self.datapath,
-            poll: self.poll,
-            set_uplink_mtu: self.set_uplink_mtu,
-            control: self.control.clone(),
-            metrics: self.metrics.clone(),
-            log_format: self.log_format,
-            verbosity: self.verbosity,
-            file: self.file.clone(),
-            uplink_place: self.uplink_place.clone(),
-            arguments: self.arguments.clone(),
-        })
+        Ok(Self { ports, table, ..self.clone() })
     }
 
     /// Whether somebody asked for the control socket there is, rather than getting the

@@ -20,6 +20,16 @@ use tempfile::Builder;
 use thiserror::Error;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, RawString, Table};
 
+fn io_cure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "; let vlanswitchd write in this folder (under systemd ReadWritePaths=), or make the \
+             change by hand"
+        }
+        _ => "",
+    }
+}
+
 /// A change to the ports of a file.
 #[derive(Debug, Clone, Copy)]
 pub enum Change<'c> {
@@ -41,7 +51,7 @@ pub enum PersistError {
     )]
     NoFile(PathBuf),
     /// It cannot be read or written.
-    #[error("{file}: cannot {step}: {source}", file = .file.display())]
+    #[error("{file}: cannot {step}: {source}{}", io_cure(.source), file = .file.display())]
     Io {
         /// The file.
         file: PathBuf,
@@ -447,7 +457,13 @@ poll = \"busy\"
             let expected = if old == "zzz" { FILE.to_owned() } else { file_with(old, new) };
             assert_eq!(edited(FILE, Change::Set(&port(map))), expected, "{map}");
         }
-        // A default that was written down and no longer holds.
+        // Defaults that were written down and still hold.
+        let spoken = "[[port]]\nvlan = 5\ndevice = 't'\ncreate = true\nqueues = 1\npcp = 0\n";
+        let after = edited(spoken, Change::Set(&port("6=t")));
+        assert_eq!(after, spoken.replace("vlan = 5", "vlan = 6"));
+        let after = edited(spoken, Change::Set(&port("5=t,create=no")));
+        assert_eq!(after, "[[port]]\nvlan = 5\ndevice = 't'\ncreate = false\npcp = 0\n");
+        // And one that no longer holds.
         let expected = file_with("vlan=101 # public", "vlan=\"101-102\" # public")
             .replace("mode = \"tunnel\"\n", "");
         let list = port("101-102=tap-web1,owner=root");
@@ -511,6 +527,9 @@ poll = \"busy\"
         assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o644);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
         symlink("real.toml", &link).unwrap();
+        let readable = Path::new("/proc/version");
+        let error = persist(readable, Change::Add(&new), Tpid::Customer, false).unwrap_err();
+        assert!(error.to_string().starts_with("/proc/version:1:"), "{error}");
         let before = fs::metadata(&file).unwrap();
         persist(&link, Change::Set(&port("6=t")), Tpid::Customer, false).unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());

@@ -241,6 +241,21 @@ fn a_reload_reads_the_file_again_under_the_same_command_line() {
     assert!(told.contains("cannot be read: No such file"), "{told}");
 }
 
+/// Without it there would be no port left, and nobody meant that.
+#[test]
+fn a_default_file_that_is_gone_is_a_fault_for_a_running_switch() {
+    let file = file_with("[uplink]\ndevice = 'eth0'\n[[port]]\nvlan = 5\ndevice = 'a'\n");
+    let words = ["vlanswitchd", "--map", "6=b", "--uplink", "eth0"];
+    let arguments = || Arguments::try_parse_from(words).unwrap();
+    let config = Config::load_or(arguments(), file.path()).unwrap();
+    assert_eq!(maps(&config), ["5=a", "6=b"]);
+    let path = file.path().to_owned();
+    drop(file);
+    let told = config.reload().unwrap_err().to_string();
+    assert!(told.starts_with(&format!("{}: cannot be read", path.display())), "{told}");
+    assert_eq!(maps(&Config::load_or(arguments(), &path).unwrap()), ["6=b"]);
+}
+
 #[test]
 fn other_ports_are_checked_as_if_they_had_been_written() {
     let file = file_with("[uplink]\ndevice = 'eth0'\n[[port]]\nvlan = 5\ndevice = 'a'\n");
