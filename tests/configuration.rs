@@ -115,6 +115,13 @@ fn devices_that_are_there_and_cannot_be_used_are_faults() {
     assert!(told[0].contains("--uplink lo: not an Ethernet device"), "{told:?}");
     assert!(told[1].contains("vnet-none: the device does not exist, and its name"), "{told:?}");
     assert_eq!(answer.stdout, "");
+
+    let file = "[uplink]\ndevice = 'lo'\n\n[[port]]\nvlan = 6\ndevice = 'internal:vif-none'\n";
+    let answer = run(&[("v.toml", file)], &["--config", "v.toml", "--check"]);
+    let told: Vec<&str> = answer.stderr.lines().collect();
+    assert_eq!((answer.code, told.len()), (Some(2), 2), "{told:?}");
+    assert!(told[0].contains("error: v.toml:2: lo: not an Ethernet device"), "{told:?}");
+    assert!(told[1].contains("error: v.toml:4: internal:vif-none: the device does"), "{told:?}");
 }
 
 #[test]

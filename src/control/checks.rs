@@ -2,7 +2,7 @@
 
 use crate::control::cli::Config;
 use crate::control::links::Links;
-use crate::control::mapping::{DeviceKind, PortConfig, TapConfig, is_reserved};
+use crate::control::mapping::{DeviceKind, Origin, PortConfig, TapConfig, is_reserved};
 use crate::control::mtu;
 use crate::control::start_error::StartError;
 use crate::sys::tap;
@@ -17,7 +17,7 @@ const USUAL_GUEST_MTU: u32 = 1500;
 /// # Errors
 /// [`StartError`] for the first device that cannot be used.
 pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
-    uplink(&config.uplink, links)?;
+    uplink(config, links)?;
     config.ports.iter().try_for_each(|config| port(config, links))
 }
 
@@ -25,10 +25,12 @@ pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
 ///
 /// # Errors
 /// [`StartError`].
-pub fn uplink(name: &str, links: &Links) -> Result<(), StartError> {
-    match links.by_name(name) {
-        None => Err(StartError::NoUplink(name.to_owned())),
-        Some(link) if !link.is_ethernet => Err(StartError::UplinkNotEthernet(name.to_owned())),
+pub fn uplink(config: &Config, links: &Links) -> Result<(), StartError> {
+    match links.by_name(&config.uplink) {
+        None => Err(StartError::NoUplink(config.uplink_named())),
+        Some(link) if !link.is_ethernet => {
+            Err(StartError::UplinkNotEthernet(config.uplink_named()))
+        }
         Some(_) => Ok(()),
     }
 }
@@ -38,22 +40,34 @@ pub fn uplink(name: &str, links: &Links) -> Result<(), StartError> {
 /// # Errors
 /// [`StartError`].
 pub fn port(port: &PortConfig, links: &Links) -> Result<(), StartError> {
-    let name = port.device.clone();
+    let name = &port.device;
     let internal = port.kind == DeviceKind::Internal;
-    match (links.by_name(&name), &port.kind) {
-        (Some(link), _) if !link.is_ethernet => return Err(StartError::PortNotEthernet(name)),
+    match (links.by_name(name), &port.kind) {
+        (Some(link), _) if !link.is_ethernet => {
+            return Err(StartError::PortNotEthernet(named(port)));
+        }
         (Some(link), _) if internal && link.kind.as_deref() != Some("tun") => {
-            return Err(StartError::InternalTaken(name));
+            return Err(StartError::InternalTaken(named(port)));
         }
         (None, DeviceKind::Internal | DeviceKind::Netdev { create: Some(_) })
-            if is_reserved(&name) =>
+            if is_reserved(name) =>
         {
-            return Err(StartError::ReservedName(name));
+            return Err(StartError::ReservedName(named(port)));
         }
-        (Some(_), DeviceKind::Netdev { create: Some(wanted) }) => check_tap(&name, wanted),
+        (Some(_), DeviceKind::Netdev { create: Some(wanted) }) => check_tap(name, wanted),
         _ => {}
     }
     Ok(())
+}
+
+/// A port's device and where it was written.
+fn named(port: &PortConfig) -> String {
+    let device = port.device_text();
+    match &port.origin {
+        Origin::Argument(_) => format!("--map {device}"),
+        Origin::File { .. } => format!("{}: {device}", port.origin),
+        Origin::Control(_) => device,
+    }
 }
 
 /// Raises the soft limit of open files to the hard one, as far as this process may,

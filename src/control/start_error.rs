@@ -13,14 +13,15 @@ use nix::errno::Errno;
 use std::io;
 use thiserror::Error;
 
-/// The switch cannot start.
+/// The switch cannot start. Devices that cannot be used are named with their place,
+/// `--uplink eth0` or `FILE:LINE: eth0`.
 #[derive(Debug, Error)]
 pub enum StartError {
     /// No such uplink.
-    #[error("--uplink {0}: no such network device: `ip link` lists them")]
+    #[error("{0}: no such network device: `ip link` lists them")]
     NoUplink(String),
     /// The uplink carries no Ethernet frames.
-    #[error("--uplink {0}: not an Ethernet device: name a NIC, bond or veth")]
+    #[error("{0}: not an Ethernet device: name a NIC, bond or veth")]
     UplinkNotEthernet(String),
     /// Another vlanswitchd has the uplink.
     #[error("--uplink {0}: another vlanswitchd serves it; stop that one, or add the maps to it")]
@@ -39,16 +40,16 @@ pub enum StartError {
         limit: u64,
     },
     /// A mapped device carries no Ethernet frames.
-    #[error("--map {0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
+    #[error("{0}: not an Ethernet device: map a tap (not a tun) or another Ethernet device")]
     PortNotEthernet(String),
     /// We would create a device with a name of libvirt's.
     #[error(
-        "--map {0}: the device does not exist, and its name is reserved by libvirt \
+        "{0}: the device does not exist, and its name is reserved by libvirt \
          (vnet*, vif*, macvtap*, macvlan*): choose another, or create=no if libvirt makes it"
     )]
     ReservedName(String),
     /// An internal port's name is another device's.
-    #[error("--map internal:{0}: a device of that name exists and is no tap: choose another name")]
+    #[error("{0}: a device of that name exists and is no tap: choose another name")]
     InternalTaken(String),
     /// Capabilities are missing.
     #[error(transparent)]

@@ -18,7 +18,7 @@ pub fn host(config: &Config) -> Result<String, Vec<StartError>> {
     let monitor = LinkMonitor::new().map_err(|error| vec![error.into()])?;
     let links = monitor.links();
     let mut errors = Vec::new();
-    match checks::uplink(&config.uplink, links) {
+    match checks::uplink(config, links) {
         Err(error @ StartError::NoUplink(_)) => warn!("{error}"),
         Err(error) => errors.push(error),
         Ok(()) => {

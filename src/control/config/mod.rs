@@ -181,6 +181,14 @@ impl Config {
         self.arguments.control.is_some() || self.control != Control::default()
     }
 
+    /// The uplink and where it is written, for people.
+    pub fn uplink_named(&self) -> String {
+        match &self.arguments.uplink {
+            Some(_) => self.uplink_place.clone(),
+            None => format!("{}: {}", self.uplink_place, self.uplink),
+        }
+    }
+
     fn load_from(arguments: Arguments, file: Option<PathBuf>) -> Result<Self, ConfigErrors> {
         let (told, faults) = file.as_deref().map(file::read).unwrap_or_default();
         let mut errors: Vec<ConfigError> = faults.into_iter().map(ConfigError::from).collect();
