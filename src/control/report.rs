@@ -3,7 +3,7 @@
 
 mod sheet;
 
-pub use sheet::{COLUMNS, Sheet, Tone, columns_of};
+pub use sheet::{COLUMNS, Sheet, Tone, columns_of, printable};
 
 use crate::control::api::{Flow, Sent, Stats, Unmapped};
 use crate::dataplane::FlowSnapshot;

@@ -1,0 +1,282 @@
+//! `capture`: the bytes of a pcapng file, from the switch to a file or a pipe.
+//!
+//! Three things can end it: the switch, Ctrl-C, and whoever reads our output. The
+//! last shows only when something is written, so the pipe is polled beside the
+//! socket: `capture | tshark -c 1` ends though no second frame ever comes.
+
+use crate::arguments::CaptureArguments;
+use crate::context::{Context, Failure, Outcome, written};
+use crate::filter;
+use crate::text::printable;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitCode;
+use vlanswitchd::control::api::{CaptureReply, CaptureRequest, Request};
+use vlanswitchd::control::client::{AnswerError, Client, ClientError, Reply};
+
+const NOT_TO_A_TERMINAL: &str = "\
+a capture is no text for a terminal; write it to a file with -w FILE, or pipe it on:
+  vlanswitchctl capture | wireshark -k -i -
+  vlanswitchctl capture | tshark -r -";
+
+pub fn run(context: &Context, arguments: CaptureArguments) -> Outcome {
+    let to_file = arguments.write.as_deref().filter(|path| *path != Path::new("-"));
+    if to_file.is_none() && context.terminal && !context.json && arguments.write.is_none() {
+        return Err(Failure::Arguments(NOT_TO_A_TERMINAL.to_owned()));
+    }
+    let filter = arguments.filter.as_deref().map(filter::compile).transpose();
+    let request = CaptureRequest {
+        port: arguments.port,
+        drops: arguments.drops.then_some(true),
+        filter: filter.map_err(Failure::Arguments)?,
+        snaplen: arguments.snaplen,
+        limit: arguments.count,
+    };
+    let signals = signals()?;
+    let mut client = context.connect()?;
+    let request = with_the_uplinks_name(&mut client, request)?;
+    client.start(&Request::Capture(request))?;
+    // Only now: a refused capture leaves a file of this name as it was.
+    let mut sink =
+        Sink { output: None, path: to_file, json: context.json, blocks: Blocks::default() };
+    let result = copy(&mut client, &signals, &mut sink);
+    sink.say();
+    match result {
+        Ok(()) | Err(Failure::ReaderGone) => Ok(ExitCode::SUCCESS),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// `uplink` stands for the uplink's device, unless a port is called so.
+fn with_the_uplinks_name(
+    client: &mut Client,
+    request: CaptureRequest,
+) -> Result<CaptureRequest, Failure> {
+    if request.port.as_deref() != Some("uplink") {
+        return Ok(request);
+    }
+    match client.call(&Request::GetPort { name: "uplink".to_owned() }) {
+        Ok(_) => Ok(request),
+        Err(ClientError::Answer(AnswerError::NoSuchPort(_))) => {
+            let reply: vlanswitchd::control::api::StatusReply =
+                client.call(&Request::GetStatus {})?.read()?;
+            Ok(CaptureRequest { port: Some(reply.status.uplink), ..request })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Ctrl-C and a service manager's stop, to be read beside the socket.
+fn signals() -> Result<SignalFd, Failure> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGINT);
+    mask.add(Signal::SIGTERM);
+    let result = mask
+        .thread_block()
+        .and_then(|()| SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK));
+    result.map_err(|errno| Failure::Message(format!("signals: {errno}")))
+}
+
+fn copy(client: &mut Client, signals: &SignalFd, sink: &mut Sink) -> Result<(), Failure> {
+    loop {
+        while let Some(reply) = client.take()? {
+            sink.write(&reply)?;
+            if !reply.continues {
+                return Ok(());
+            }
+        }
+        let output = sink.watched()?;
+        let mut watched = vec![
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(client.as_fd(), PollFlags::POLLIN),
+        ];
+        // Without events a pipe reports only that its reader is gone.
+        watched.extend(output.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::empty())));
+        match poll(&mut watched, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(Failure::Message(format!("poll: {errno}"))),
+            Ok(_) => {}
+        }
+        let ready: Vec<bool> = watched.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let (asked_to_end, reader_gone) = (ready.first(), ready.get(2));
+        if asked_to_end == Some(&true) || reader_gone == Some(&true) {
+            return Ok(());
+        }
+        client.receive(None)?;
+    }
+}
+
+/// Where the bytes go.
+struct Sink<'a> {
+    /// Opened when the first bytes are there.
+    output: Option<Box<dyn Write>>,
+    /// The file; without it, standard output.
+    path: Option<&'a Path>,
+    /// Pass the replies on as they came.
+    json: bool,
+    blocks: Blocks,
+}
+
+impl Sink<'_> {
+    /// Standard output, if that is where the bytes go.
+    fn watched(&self) -> Result<Option<OwnedFd>, Failure> {
+        match self.path {
+            Some(_) => Ok(None),
+            None => io::stdout().as_fd().try_clone_to_owned().map(Some).map_err(written),
+        }
+    }
+
+    fn write(&mut self, reply: &Reply) -> Result<(), Failure> {
+        let CaptureReply { pcapng } = reply.read()?;
+        let bytes = STANDARD.decode(&pcapng).map_err(|error| {
+            ClientError::Garbage(format!("a piece of the capture is not base64: {error}"))
+        })?;
+        self.blocks.count(&bytes);
+        let bytes = if self.json { format!("{}\n", reply.json).into_bytes() } else { bytes };
+        let path = self.path;
+        let output = match &mut self.output {
+            Some(output) => output,
+            empty => empty.insert(open(path)?),
+        };
+        output.write_all(&bytes).and_then(|()| output.flush()).map_err(|error| failed(path, error))
+    }
+
+    fn say(&self) {
+        let place = match self.path {
+            Some(path) => printable(&path.display().to_string()),
+            None => "standard output".to_owned(),
+        };
+        let Blocks { frames, bytes, .. } = self.blocks;
+        eprintln!("vlanswitchctl: captured {frames} frames, {bytes} bytes, to {place}");
+        if self.blocks.missed > 0 {
+            eprintln!(
+                "vlanswitchctl: {} more frames were missed: the reader was too slow; a --filter or \
+                 a smaller --snaplen helps",
+                self.blocks.missed
+            );
+        }
+    }
+}
+
+fn open(path: Option<&Path>) -> Result<Box<dyn Write>, Failure> {
+    match path {
+        Some(path) => match File::create(path) {
+            Ok(file) => Ok(Box::new(file)),
+            Err(error) => Err(failed(Some(path), error)),
+        },
+        None => Ok(Box::new(io::stdout())),
+    }
+}
+
+fn failed(path: Option<&Path>, error: io::Error) -> Failure {
+    match path {
+        Some(path) => Failure::Message(format!("{}: {error}", path.display())),
+        None => written(error),
+    }
+}
+
+/// Counts frames in a pcapng stream that comes in pieces
+/// (draft-ietf-opsawg-pcapng: each block starts with its type and length).
+#[derive(Debug, Default)]
+struct Blocks {
+    bytes: u64,
+    frames: u64,
+    /// By the last interface statistics of each interface.
+    missed: u64,
+    /// By interface.
+    missed_of: std::collections::BTreeMap<u32, u64>,
+    /// The block that has not come whole.
+    part: Vec<u8>,
+}
+
+impl Blocks {
+    const ENHANCED_PACKET: u32 = 6;
+    const INTERFACE_STATISTICS: u32 = 5;
+    /// `isb_ifdrop`: frames missed for lack of room.
+    const IF_DROP: u16 = 5;
+    const END_OF_OPTIONS: u16 = 0;
+
+    fn count(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
+        self.part.extend_from_slice(bytes);
+        while let (Some(kind), Some(length)) = (word(&self.part, 0), word(&self.part, 4)) {
+            // Shorter than its own header: not pcapng, and no more counting.
+            let Some(length) = usize::try_from(length).ok().filter(|length| *length >= 12) else {
+                self.part.clear();
+                return;
+            };
+            let Some(block) = self.part.get(..length) else { return };
+            match kind {
+                Self::ENHANCED_PACKET => self.frames += 1,
+                Self::INTERFACE_STATISTICS => {
+                    if let (Some(interface), Some(missed)) = (word(block, 8), if_drop(block)) {
+                        self.missed_of.insert(interface, missed);
+                        self.missed = self.missed_of.values().sum();
+                    }
+                }
+                _ => {}
+            }
+            self.part.drain(..length);
+        }
+    }
+}
+
+/// The option `isb_ifdrop` of an interface statistics block: its options stand
+/// behind type, length, interface and time.
+fn if_drop(block: &[u8]) -> Option<u64> {
+    let mut options = block.get(20..)?;
+    loop {
+        let (header, rest) = options.split_first_chunk::<4>()?;
+        let [a, b, c, d] = *header;
+        let (code, length) = (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]));
+        match code {
+            Blocks::IF_DROP => return rest.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes)),
+            Blocks::END_OF_OPTIONS => return None,
+            _ => options = rest.get(usize::from(length).next_multiple_of(4)..)?,
+        }
+    }
+}
+
+/// A word in this machine's order, in which the switch beside us writes.
+fn word(bytes: &[u8], offset: usize) -> Option<u32> {
+    bytes.get(offset..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(kind: u32, body: &[u8]) -> Vec<u8> {
+        let length = (12 + body.len()) as u32;
+        let parts = [&kind.to_ne_bytes(), &length.to_ne_bytes(), body, &length.to_ne_bytes()[..]];
+        parts.concat()
+    }
+
+    #[test]
+    fn blocks_are_counted_in_whatever_pieces() {
+        let mut body = [0u8; 12].to_vec();
+        body.extend([3u16.to_ne_bytes(), 3u16.to_ne_bytes()].concat());
+        body.extend([1, 2, 3, 0]);
+        body.extend([5u16.to_ne_bytes(), 8u16.to_ne_bytes()].concat());
+        body.extend(77u64.to_ne_bytes());
+        let file = [block(1, &[0; 8]), block(6, &[0; 40]), block(5, &body), block(6, &[0; 20])];
+        let file = file.concat();
+        for piece in [1, 3, 7, 64, file.len()] {
+            let mut blocks = Blocks::default();
+            file.chunks(piece).for_each(|bytes| blocks.count(bytes));
+            assert_eq!((blocks.frames, blocks.missed), (2, 77));
+            assert_eq!(blocks.bytes, file.len() as u64);
+        }
+        let mut blocks = Blocks::default();
+        blocks.count(&[0; 64]);
+        assert_eq!(blocks.frames, 0);
+    }
+}

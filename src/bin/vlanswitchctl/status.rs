@@ -1,0 +1,71 @@
+//! `status`: is it up, what does it carry.
+
+use crate::context::{Context, Outcome};
+use crate::text::{fold, percent, since};
+use std::process::ExitCode;
+use vlanswitchd::control::api::{Request, Status, StatusReply};
+use vlanswitchd::control::report::Tone;
+
+pub fn run(context: &Context) -> Outcome {
+    if let Some(StatusReply { status }) = context.ask(&Request::GetStatus {})? {
+        context.print(&describe(&status, context.colours))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(status: &Status, colours: bool) -> String {
+    let state = match colours {
+        true => Tone::of_state(&status.uplink_state).paint(&status.uplink_state),
+        false => status.uplink_state.clone(),
+    };
+    let ports: u64 = status.ports.values().sum();
+    let states: Vec<String> = status
+        .ports
+        .iter()
+        .filter(|(_, count)| **count > 0)
+        .map(|(state, count)| format!("{count} {state}"))
+        .collect();
+    let loads: Vec<String> = status.workers.iter().map(|worker| percent(worker.load)).collect();
+    let config = status.config_file.as_deref().unwrap_or("none, only the command line");
+    let answer = |yes: bool| if yes { "the kernel" } else { "vlanswitchd" };
+    let mut text = format!(
+        "vlanswitchd {}, process {}, running for {}\n",
+        status.version,
+        status.pid,
+        since(status.started)
+    );
+    // Painted by us: what the switch names goes through `fold`, which lets no control
+    // character pass.
+    text.push_str(fold("uplink      ", &status.uplink).trim_end());
+    text.push_str(&format!(", {state}\n"));
+    text.push_str(&fold("ports       ", &counted(ports, &states)));
+    text.push_str(&fold("load        ", &format!("{} of the last second", loads.join(", "))));
+    text.push_str(&fold("datapath    ", &status.datapath));
+    text.push_str(&fold("file        ", config));
+    text.push_str(&fold(
+        "large       ",
+        &format!(
+            "frames that do not fit the wire are cut by {} behind VLAN tags, by {} if UDP",
+            answer(status.kernel_segments_tagged),
+            answer(status.kernel_segments_udp)
+        ),
+    ));
+    text.push_str(&fold(
+        "clients     ",
+        &format!("{} on the control socket, {} capturing", status.clients, status.captures),
+    ));
+    if status.netlink_overruns > 0 {
+        text.push_str(&fold(
+            "netlink     ",
+            &format!("lost news {} times; the devices were listed anew", status.netlink_overruns),
+        ));
+    }
+    text
+}
+
+fn counted(ports: u64, states: &[String]) -> String {
+    match ports {
+        0 => "none".to_owned(),
+        _ => format!("{ports}: {}", states.join(", ")),
+    }
+}
