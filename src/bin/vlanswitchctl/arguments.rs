@@ -14,7 +14,7 @@ use vlanswitchd::control::api::DEFAULT_SOCKET;
 #[command(name = "vlanswitchctl", version, max_term_width = 80, after_help = EXAMPLES)]
 pub struct Arguments {
     /// The socket that vlanswitchd listens on (its --control)
-    #[arg(long, global = true, value_name = "PATH", env = "VLANSWITCHD_SOCKET",
+    #[arg(long, global = true, value_name = "PATH", env = "VLANSWITCHD_SOCKET", hide_env_values = true,
           default_value = DEFAULT_SOCKET, help_heading = "Options for all commands")]
     pub socket: PathBuf,
 
@@ -38,8 +38,8 @@ Examples:
   vlanswitchctl capture tap-web1 -w web.pcap  what a port sends and gets
   vlanswitchctl doctor                        what is wrong on this host
 
-Exit status: 0 done, 1 it failed, or doctor found an error, 2 wrong arguments, or
-vlanswitchd refused; nothing was changed then.";
+Exit status: 0 done; 1 it failed, or doctor found an error; 2 wrong arguments,
+or vlanswitchd refused, and nothing was changed.";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -70,8 +70,8 @@ Examples:
 
     /// Capture frames for Wireshark, tshark or tcpdump
     #[command(after_help = "\
-The file is pcapng: tags as on the wire, the device's name, the direction, and the
-reason if the frame was dropped. Ctrl-C ends it.
+The file is pcapng: tags as on the wire, the device's name, the direction, and
+the reason if the frame was dropped. Ctrl-C ends it.
 
 Examples:
   vlanswitchctl capture | wireshark -k -i -

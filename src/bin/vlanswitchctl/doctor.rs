@@ -36,12 +36,15 @@ fn describe(findings: &[Finding], colours: bool) -> String {
             text.push_str(&fold("  cure: ", cure));
         }
     }
-    let count = |severity| findings.iter().filter(|found| found.severity == severity).count();
+    let count = |severity, word: &str| {
+        let number = findings.iter().filter(|found| found.severity == severity).count();
+        format!("{number} {word}{}", if number == 1 { "" } else { "s" })
+    };
     text.push_str(&format!(
-        "\n{} errors, {} warnings, {} notes\n",
-        count(Severity::Error),
-        count(Severity::Warning),
-        count(Severity::Note)
+        "\n{}, {}, {}\n",
+        count(Severity::Error, "error"),
+        count(Severity::Warning, "warning"),
+        count(Severity::Note, "note")
     ));
     text
 }

@@ -58,7 +58,7 @@ fn only(mut stats: Stats, port: Option<&str>) -> Result<Stats, Failure> {
 
 fn block(stats: &Stats, rates: &Rates, colours: bool) -> String {
     let mut sheet =
-        Sheet::new(&["port", "state", "from guest", "", "to guest", "", "dropped"]).numbers(2..7);
+        Sheet::new(&["port", "state", "from", "guest", "to", "guest", "dropped"]).numbers(2..7);
     for (port, rate) in stats.ports.iter().zip(&rates.ports) {
         let drops = rate.drops();
         sheet.row([
@@ -93,25 +93,22 @@ fn one_line(stats: &Stats, rates: &Rates, number: usize) -> String {
     let (Some(port), Some(rate)) = (stats.ports.first(), rates.ports.first()) else {
         return String::new();
     };
+    // Time and state have the lengths they have, a rate 7 at most, bits 10.
+    let line = |cells: [&str; 5]| {
+        let [time, state, from, to, drops] = cells;
+        format!("{time:20}  {state:10} {from:>18}  {to:>18} {drops:>7}\n")
+    };
+    let one_way = |frames, bits| format!("{}/s {:>10}", scaled(frames), bit_rate(bits));
     let mut text = String::new();
     if number.is_multiple_of(PAGE) {
-        text = format!(
-            "{:20}  {:10} {:>20}  {:>20}\n",
-            printable(&port.name),
-            "state",
-            "from guest",
-            "to guest"
-        );
-        text = text.trim_end().to_owned() + &format!("{:>8}\n", "drops");
+        text = line([&printable(&port.name), "state", "from guest", "to guest", "dropped"]);
     }
-    let one_way = |frames, bits| format!("{}/s {:>10}", scaled(frames), bit_rate(bits));
-    text.push_str(&format!(
-        "{}  {:10} {:>20}  {:>20} {:>5}/s\n",
-        utc(stats.time),
-        printable(&port.state),
-        one_way(rate.from.frames, rate.from.bits),
-        one_way(rate.to.frames, rate.to.bits),
-        scaled(rate.drops()),
-    ));
+    text.push_str(&line([
+        &utc(stats.time),
+        &printable(&port.state),
+        &one_way(rate.from.frames, rate.from.bits),
+        &one_way(rate.to.frames, rate.to.bits),
+        &format!("{}/s", scaled(rate.drops())),
+    ]));
     text
 }

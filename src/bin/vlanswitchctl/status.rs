@@ -43,9 +43,9 @@ fn describe(status: &Status, colours: bool) -> String {
     text.push_str(&fold("datapath    ", &status.datapath));
     text.push_str(&fold("file        ", config));
     text.push_str(&fold(
-        "large       ",
+        "cutting     ",
         &format!(
-            "frames that do not fit the wire are cut by {} behind VLAN tags, by {} if UDP",
+            "large frames are cut to the wire's size by {}, those of UDP by {}",
             answer(status.kernel_segments_tagged),
             answer(status.kernel_segments_udp)
         ),

@@ -67,23 +67,30 @@ pub fn utc(milliseconds: u64) -> String {
 }
 
 /// `text` in lines of at most 80 columns, the first after `first`, the others as far
-/// in. Words are not broken.
+/// in if that is not far. Words are not broken, but for lists without blanks.
 pub fn fold(first: &str, text: &str) -> String {
-    let indent = columns_of(first);
+    const FAR: usize = 12;
+    const NEAR: usize = 4;
+    let start = columns_of(first);
+    let indent = if start > FAR { NEAR } else { start };
     let mut folded = first.to_owned();
-    let mut column = indent;
+    let mut column = start;
     for word in printable(text).split_whitespace() {
-        let width = columns_of(word);
-        if column > indent && column + 1 + width > COLUMNS {
-            let _ = write!(folded, "\n{:indent$}", "");
-            column = indent;
+        let long = columns_of(word) > COLUMNS - indent;
+        let pieces = if long { word.split_inclusive(',').collect() } else { vec![word] };
+        for (number, piece) in pieces.into_iter().enumerate() {
+            let blank = usize::from(number == 0 && column > indent && column != start);
+            let width = columns_of(piece);
+            if column > indent && column + blank + width > COLUMNS {
+                let _ = write!(folded, "\n{:indent$}", "");
+                column = indent;
+            } else if blank == 1 {
+                folded.push(' ');
+                column += 1;
+            }
+            folded.push_str(piece);
+            column += width;
         }
-        if column > indent {
-            folded.push(' ');
-            column += 1;
-        }
-        folded.push_str(word);
-        column += width;
     }
     folded.push('\n');
     folded
@@ -138,5 +145,12 @@ mod tests {
         assert!(folded.lines().all(|line| columns_of(line) <= COLUMNS), "{folded}");
         assert!(folded.lines().skip(1).all(|line| line.starts_with("        word")), "{folded}");
         assert_eq!(folded.split_whitespace().count(), 41);
+        let map = "200-210,300=tap-fw,".repeat(8);
+        let folded = fold("map       ", &map);
+        assert!(folded.lines().all(|line| columns_of(line) <= COLUMNS), "{folded}");
+        let joined: String = folded.split_whitespace().skip(1).collect();
+        assert_eq!(joined, map);
+        assert_eq!(fold("reason: ", "a b"), "reason: a b\n");
+        assert_eq!(fold("a much longer word: ", "a b"), "a much longer word: a b\n");
     }
 }
