@@ -32,7 +32,8 @@ fn with_prefix(value: f64) -> (f64, &'static str) {
         }
         value /= 1000.0;
     }
-    (value, "P")
+    // No wire is so fast: a counter jumped. Columns stay what they are.
+    (value.min(999.0), "P")
 }
 
 /// A share, 0 to 1, in percent.
@@ -116,9 +117,9 @@ mod tests {
             (9951.0, "10 k"),
             (1_234_567.0, "1.2 M"),
             (123_456_789_012.0, "123 G"),
-            (f64::MAX, ""),
+            (f64::MAX, "999 P"),
         ];
-        for (value, text) in cases.into_iter().filter(|(_, text)| !text.is_empty()) {
+        for (value, text) in cases {
             assert_eq!(scaled(value), text);
         }
         assert_eq!(bit_rate(3.4e9), "3.4 Gbit/s");
