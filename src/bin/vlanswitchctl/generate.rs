@@ -63,6 +63,7 @@ fn add_pages(name: &str, command: Command, pages: &mut Vec<(String, String)>) ->
     Man::new(command.disable_help_subcommand(true))
         .section(SECTION)
         .title(title)
+        .source(concat!("vlanswitchd ", env!("CARGO_PKG_VERSION")))
         .manual("System administration")
         .render(&mut page)?;
     pages.push((format!("{name}.{SECTION}"), String::from_utf8_lossy(&page).into_owned()));
@@ -97,7 +98,7 @@ mod tests {
         for (name, command) in commands {
             let file = format!("{name}.8");
             let page = &pages.iter().find(|(page, _)| *page == file).unwrap().1;
-            let page = page.replace("\\-", "-");
+            let page = page.replace("\\-", "-").replace("\\*(Aq", "'");
             for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
                 if let Some(long) = argument.get_long() {
                     assert!(page.contains(&format!("--{long}")), "{file}: no --{long}");

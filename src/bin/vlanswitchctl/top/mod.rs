@@ -114,3 +114,6 @@ fn show(
 fn on_terminal(error: &std::io::Error) -> Failure {
     Failure::Message(format!("terminal: {error}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -93,8 +93,8 @@ pub struct State {
     /// The last reading, and the rates up to it.
     pub stats: Stats,
     pub rates: Rates,
-    /// The reading before the next, which a pause does not hold up.
-    latest: Stats,
+    /// Readings that came in a pause, for its end.
+    waiting: VecDeque<Stats>,
     /// Bits a second, both ways, by port; the last reading last.
     history: HashMap<String, VecDeque<f64>>,
     /// The same of the uplink.
@@ -114,7 +114,7 @@ impl State {
     pub fn new(stats: Stats) -> Self {
         let mut state = Self {
             rates: rates::between(&stats, &stats),
-            latest: stats.clone(),
+            waiting: VecDeque::new(),
             stats,
             history: HashMap::new(),
             uplink_history: VecDeque::new(),
@@ -132,17 +132,34 @@ impl State {
 
     /// A new reading.
     pub fn update(&mut self, stats: Stats) {
-        let rates = rates::between(&self.latest, &stats);
-        self.latest = stats.clone();
+        if !self.paused {
+            return self.show(stats);
+        }
+        // One more than the history: the first rate needs a reading before it.
+        if self.waiting.len() > HISTORY {
+            self.waiting.pop_front();
+        }
+        self.waiting.push_back(stats);
+    }
+
+    fn pause(&mut self) {
+        self.paused = !self.paused;
+        if !self.paused {
+            for stats in std::mem::take(&mut self.waiting) {
+                self.show(stats);
+            }
+        }
+    }
+
+    fn show(&mut self, stats: Stats) {
+        let rates = rates::between(&self.stats, &stats);
         push(&mut self.uplink_history, rates.uplink);
         self.history.retain(|name, _| stats.ports.iter().any(|port| port.name == *name));
         for (port, rate) in stats.ports.iter().zip(&rates.ports) {
             push(self.history.entry(port.name.clone()).or_default(), *rate);
         }
-        if !self.paused {
-            self.stats = stats;
-            self.rates = rates;
-        }
+        self.stats = stats;
+        self.rates = rates;
         self.settle();
     }
 
@@ -196,7 +213,7 @@ impl State {
             Screen::Details(_, line) => match key.code {
                 KeyCode::Up | KeyCode::Char('k') => *line = line.saturating_sub(1),
                 KeyCode::Down | KeyCode::Char('j') => *line = line.saturating_add(1),
-                KeyCode::Char('p') => self.paused = !self.paused,
+                KeyCode::Char('p') => self.pause(),
                 KeyCode::Char('q') | KeyCode::Esc | KeyCode::Enter | KeyCode::Left => {
                     self.screen = Screen::List;
                 }
@@ -237,7 +254,7 @@ impl State {
             KeyCode::Char('s' | '>') => self.sort = self.sort.step(1),
             KeyCode::Char('<') => self.sort = self.sort.step(Column::ALL.len() - 1),
             KeyCode::Char('r') => self.reverse = !self.reverse,
-            KeyCode::Char('p') => self.paused = !self.paused,
+            KeyCode::Char('p') => self.pause(),
             KeyCode::Char('/') => self.screen = Screen::Filter,
             KeyCode::Char('?' | 'h') | KeyCode::F(1) => self.screen = Screen::Help,
             KeyCode::Esc => self.filter.clear(),

@@ -11,16 +11,16 @@ use ratatui::text::{Line, Span, Text};
 use ratatui::widgets::{Cell, Paragraph, Row as TableRow, Table};
 use vlanswitchd::control::report::Tone;
 
-const KEYS: &str = "\
+pub const KEYS: &str = "\
 Keys
-  up down j k      move                   s > <   sort by the next, the last column
+  up down j k      move                   s > <   sort by another column
   Page Up Down     move by ten lines      r       reverse the order
-  g G Home End     first, last port       /       only ports with this in their name
+  g G Home End     first, last port       /       only names with this in them
   Enter            all about a port       p       stop and go on
   q                back, quit             ?       this page
 
 Columns
-  from guest       what the port's VM sends and we carry: frames and bits a second
+  from guest       what the VM sends and we carry: frames and bits a second
   to guest         what it gets
   drops            frames lost a second, both ways; Enter says why
   ring             how full the port's receive buffer was in the last second;
@@ -33,7 +33,7 @@ States
 
 Any key goes back.";
 
-const HINTS: &str = " ? help  q quit  Enter details  s sort  r reverse  / filter  p pause";
+pub const HINTS: &str = " ? help  q quit  Enter details  s sort  r reverse  / filter  p pause";
 
 /// Draws everything.
 pub fn draw(frame: &mut Frame, state: &mut State) {
@@ -216,7 +216,7 @@ fn drops_style(drops: f64) -> Style {
 
 /// The last minute in so many characters, the present at the right. Steps that share
 /// a character show the highest.
-fn sparkline(history: impl Iterator<Item = f64>, width: usize) -> String {
+pub fn sparkline(history: impl Iterator<Item = f64>, width: usize) -> String {
     const LEVELS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     if width == 0 {
         return String::new();
