@@ -14,12 +14,21 @@
 mod fake;
 #[path = "ctl/replies.rs"]
 mod replies;
+#[path = "ctl/terminal.rs"]
+mod terminal;
 
-use fake::{Answer, Fake, Run, ctl, fresh_path};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use fake::{Answer, Fake, Run, command, ctl, fresh_path};
 use replies::*;
 use serde_json::{Value, json};
 use snapbox::Data;
+use std::fs;
+use std::io::Read;
 use std::path::Path;
+use std::process::Stdio;
+use std::sync::mpsc::channel;
+use terminal::Terminal;
 use unicode_width::UnicodeWidthStr;
 use vlanswitchd::control::api::*;
 
@@ -303,4 +312,188 @@ fn man_pages_of_both_programs_are_written() {
     std::fs::remove_dir_all(&directory).unwrap();
     assert!(done(ctl(&nowhere, &["man"])).contains(".SH SYNOPSIS"));
     assert!(done(ctl(&nowhere, &["completions", "bash"])).contains("complete -F _vlanswitchctl"));
+}
+
+/// A pcapng file by hand: a section, an Ethernet interface, frames of 60 bytes.
+fn pcapng(frames: usize) -> Vec<u8> {
+    let block = |kind: u32, body: &[u8]| -> Vec<u8> {
+        let length = (12 + body.len() as u32).to_ne_bytes();
+        [&kind.to_ne_bytes()[..], &length, body, &length].concat()
+    };
+    let numbers = |numbers: &[u32]| -> Vec<u8> {
+        numbers.iter().flat_map(|number| number.to_ne_bytes()).collect()
+    };
+    let mut section = numbers(&[0x1a2b_3c4d]);
+    section.extend([1u16.to_ne_bytes(), 0u16.to_ne_bytes()].concat());
+    section.extend((-1i64).to_ne_bytes());
+    let mut file = block(0x0a0d_0d0a, &section);
+    file.extend(block(1, &numbers(&[1, 0])));
+    for _ in 0..frames {
+        let mut packet = numbers(&[0, 0, 0, 60, 60]);
+        packet.extend([0xff; 60]);
+        file.extend(block(6, &packet));
+    }
+    file
+}
+
+/// The file in pieces that do not end where blocks do.
+fn pieces(file: &[u8]) -> Vec<CaptureReply> {
+    file.chunks(101).map(|piece| CaptureReply { pcapng: STANDARD.encode(piece) }).collect()
+}
+
+#[test]
+fn a_capture_is_written_as_it_comes() {
+    let file = pcapng(5);
+    let replies = pieces(&file);
+    let fake = Fake::new(move |call| match call["method"].as_str().unwrap() {
+        "org.vlanswitchd.Capture" => Answer::stream(&replies),
+        "org.vlanswitchd.GetPort" => {
+            Answer::error("org.vlanswitchd.NoSuchPort", json!({"name": "uplink"}))
+        }
+        _ => Answer::reply(&StatusReply { status: status() }),
+    });
+    let path = fresh_path("capture");
+    let words = ["capture", "uplink", "--drops", "--snaplen", "96", "-c", "5", "-w"];
+    let filter = ["--filter", "1,6 0 0 262144"];
+    let words: Vec<&str> =
+        words.into_iter().chain([path.to_str().unwrap()]).chain(filter).collect();
+    let run = fake.ctl(&words);
+    assert_eq!((run.status, run.out.as_str()), (0, ""), "{run:?}");
+    assert!(run.error.contains("captured 5 frames"), "{run:?}");
+    assert_eq!(fs::read(&path).unwrap(), file);
+    fs::remove_file(&path).unwrap();
+    let expected = json!({
+        "port": "eth0", "drops": true, "filter": "1,6 0 0 262144", "snaplen": 96, "limit": 5
+    });
+    assert_eq!(fake.calls().last().unwrap()["parameters"], expected);
+
+    let output = command(&fake.socket, &["capture", "tap1"]).output().unwrap();
+    assert_eq!(output.stdout, file, "standard output is no terminal");
+}
+
+#[test]
+fn a_refused_capture_leaves_the_file() {
+    let path = fresh_path("kept");
+    fs::write(&path, "old").unwrap();
+    let fake = Fake::new(|_| Answer::error("org.varlink.service.PermissionDenied", json!({})));
+    let run = fake.ctl(&["capture", "-w", path.to_str().unwrap()]);
+    assert_eq!(run.status, 1);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+    fs::remove_file(&path).unwrap();
+    let fake = Fake::new(|_| Answer::reply(&CaptureReply { pcapng: "no base64!".to_owned() }));
+    let run = fake.ctl(&["capture", "-w", path.to_str().unwrap()]);
+    assert!(run.status == 1 && run.error.contains("not base64"), "{run:?}");
+}
+
+/// A capture that has written its first frames and waits for more.
+fn endless_capture() -> (Fake, std::process::Child) {
+    let fake = Fake::new(|_| {
+        let reply = CaptureReply { pcapng: STANDARD.encode(pcapng(2)) };
+        Answer::open(fake::message(&json!({ "parameters": reply, "continues": true })))
+    });
+    let mut command = command(&fake.socket, &["capture"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = vec![0; pcapng(2).len()];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(first, pcapng(2));
+    (fake, child)
+}
+
+#[test]
+fn a_signal_ends_a_capture_quietly() {
+    let (_fake, child) = endless_capture();
+    let id = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGINT).unwrap();
+    let run = Run::from(child.wait_with_output().unwrap());
+    assert_eq!(run.status, 0);
+    let place = "captured 2 frames, ";
+    assert!(run.error.starts_with(&format!("vlanswitchctl: {place}")), "{run:?}");
+    assert_eq!(run.error.lines().count(), 1, "{run:?}");
+}
+
+/// No further frame is needed to notice.
+#[test]
+fn a_closed_pipe_ends_a_capture_quietly() {
+    let (_fake, mut child) = endless_capture();
+    drop(child.stdout.take());
+    let run = Run::from(child.wait_with_output().unwrap());
+    assert_eq!(run.status, 0);
+    assert_eq!(run.error.lines().count(), 1, "{run:?}");
+}
+
+#[test]
+fn a_closed_pipe_ends_a_stream_quietly() {
+    let replies: Vec<EventReply> = vec![event(0, EventKind::Config, None, "x"); 10_000];
+    let fake = Fake::new(move |_| Answer::stream(&replies));
+    let mut command = command(&fake.socket, &["monitor"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 10]).unwrap();
+    drop(child.stdout.take());
+    let run = Run::from(child.wait_with_output().unwrap());
+    assert_eq!((run.status, run.error.as_str()), (0, ""), "{run:?}");
+}
+
+/// On a real terminal: drawn, resized, used by keys, and given back as it was, also
+/// when the switch goes away.
+#[test]
+#[ignore = "needs tmux"]
+fn top_works_on_a_terminal() {
+    let (replies, next) = channel::<Vec<u8>>();
+    let socket = fresh_path("top");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    // Sends a reply whenever the test says so, to every client that comes.
+    std::thread::spawn(move || {
+        let mut client = None;
+        for reply in next {
+            if reply.is_empty() {
+                client = None;
+                continue;
+            }
+            let stream = client.get_or_insert_with(|| listener.accept().unwrap().0);
+            let _ = std::io::Write::write_all(stream, &reply);
+        }
+    });
+    let reply = |second: u64| {
+        let mut stats = stats(1000 * second);
+        stats.ports[0].from_guest.out_frames = second * 2_000_000;
+        let reply = json!({ "parameters": StatsReply { stats }, "continues": true });
+        replies.send(fake::message(&reply)).unwrap();
+    };
+    let terminal = Terminal::new(80, 24);
+    let line = format!("{} --socket {} top", env!("CARGO_BIN_EXE_vlanswitchctl"), socket.display());
+    terminal.type_line(&format!("clear; {line}; echo status $?"));
+    reply(1);
+    terminal.wait_for("uplink eth0 up");
+    reply(2);
+    let screen = terminal.wait_for("2.0M");
+    assert!(screen.lines().all(|line| line.width() <= 80), "{screen}");
+    assert!(terminal.full_screen());
+    terminal.press("?");
+    terminal.wait_for("Any key goes back.");
+    terminal.press("q");
+    terminal.wait_until("the list", |screen| !screen.contains("Any key goes back."));
+    terminal.resize(120, 40);
+    terminal.wait_until("40 lines", |screen| {
+        screen.lines().nth(39).is_some_and(|line| line.contains("? help"))
+    });
+    terminal.press("Enter");
+    terminal.wait_for("tap-db: VLAN 103");
+    terminal.press("Escape");
+    terminal.wait_for("tap-web1");
+    terminal.press("q");
+    terminal.wait_for("status 0");
+    assert!(!terminal.full_screen());
+
+    replies.send(Vec::new()).unwrap();
+    terminal.type_line(&format!("clear; {line}; echo status $?"));
+    reply(3);
+    terminal.wait_for("uplink eth0 up");
+    replies.send(Vec::new()).unwrap();
+    let screen = terminal.wait_for("status 1");
+    assert!(!terminal.full_screen());
+    assert!(screen.contains("vlanswitchd closed the connection"), "{screen}");
+    // Echo and line editing are back.
+    terminal.type_line("echo still $((40 + 2))");
+    terminal.wait_for("still 42");
+    fs::remove_file(&socket).unwrap();
 }
