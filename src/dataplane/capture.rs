@@ -155,7 +155,7 @@ impl<'c> Record<'c> {
 }
 
 /// Memory for records.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Chunk {
     bytes: Box<[u8]>,
     used: usize,
@@ -549,5 +549,198 @@ impl<const WATCHED: bool> Watch<'_, WATCHED> {
             let interface = self.port.filter(|_| !to_uplink);
             self.captures.record_sent(interface, self.port, packets, reason);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+    use super::*;
+    use crate::frame::edit::HEADROOM;
+    use crate::frame::{FrameBuffer, Tci, Tpid, VnetHeader};
+
+    const EVERYTHING: Selection = Selection { place: Place::Everywhere, drops_only: false };
+
+    fn receive(captures: &mut Captures, port: Option<PortIndex>, frame: &[u8], tag: Option<Tag>) {
+        let mut space = vec![0; HEADROOM];
+        space.extend(frame);
+        let buffer = FrameBuffer::new(&mut space, HEADROOM).unwrap();
+        let header = VnetHeader::default();
+        captures.watch::<true>(port).received(&Received { buffer, stripped: tag, header });
+    }
+
+    fn send(captures: &mut Captures, port: PortIndex, uplink: bool, reason: Option<DropReason>) {
+        let packet = [7; VNET_HEADER_LEN + 14];
+        captures.watch::<true>(Some(port)).sent(uplink, &[&packet], reason);
+    }
+
+    /// Interface and reason of each record handed over so far.
+    fn seen(
+        captures: &mut Captures,
+        source: &Source,
+    ) -> Vec<(Option<PortIndex>, Option<DropReason>)> {
+        captures.end_round(true);
+        let mut seen = Vec::new();
+        while let Ok(chunk) = source.receive(Duration::ZERO) {
+            seen.extend(chunk.records().map(|record| (record.interface, record.reason)));
+            source.give_back(chunk);
+        }
+        seen
+    }
+
+    fn capturing(selection: Selection) -> (Captures, Source) {
+        let (sink, source) = capture(selection, SNAPLEN_MAX, 4);
+        let mut captures = Captures::default();
+        captures.add(Box::new(sink));
+        (captures, source)
+    }
+
+    #[test]
+    fn records_come_out_as_they_went_in() {
+        let (sink, source) = capture(EVERYTHING, 20, 4);
+        let mut captures = Captures::default();
+        captures.add(Box::new(sink));
+        let frame: Vec<u8> = (0..60).collect();
+        let tag = Tag { tpid: Tpid::Service, tci: Tci(0xe123) };
+        receive(&mut captures, None, &frame, Some(tag));
+        receive(&mut captures, Some(3), &frame, None);
+        captures.watch::<true>(Some(3)).dropped(Some(3), DropReason::SendFailed);
+        captures.end_round(true);
+        let chunk = source.receive(Duration::ZERO).unwrap();
+        let records: Vec<_> = chunk.records().collect();
+        let tagged = [&frame[..12], &[0x88, 0xa8, 0xe1, 0x23], &frame[12..16]].concat();
+        let first = Record {
+            time: records[0].time,
+            interface: None,
+            direction: Direction::Inbound,
+            reason: None,
+            missed: 0,
+            length: 64,
+            bytes: &tagged,
+        };
+        let second = Record {
+            time: records[1].time,
+            interface: Some(3),
+            reason: Some(DropReason::SendFailed),
+            length: 60,
+            bytes: &frame[..20],
+            ..first
+        };
+        assert_eq!(records, [first, second]);
+        assert!(records[0].time <= records[1].time);
+    }
+
+    /// What one frame of each fate looks like, by selection.
+    #[test]
+    fn selections_show_what_they_say() {
+        use DropReason::{GuestAbsent, InnerTag, Malformed, TaggedOnAccess, UplinkDown};
+        let (port, other) = (Place::Port(1), Place::Port(2));
+        let all: [(Option<PortIndex>, Option<DropReason>); 8] = [
+            (None, None),
+            (Some(1), None),
+            (None, Some(InnerTag)),
+            (None, Some(Malformed)),
+            (Some(1), Some(GuestAbsent)),
+            (Some(1), Some(TaggedOnAccess)),
+            (Some(1), None),
+            (None, Some(UplinkDown)),
+        ];
+        let cases: [(Place, bool, &[usize]); 7] = [
+            (Place::Everywhere, false, &[0, 1, 2, 3, 4, 5, 6, 7]),
+            (Place::Everywhere, true, &[2, 3, 4, 5, 7]),
+            (Place::Uplink, false, &[0, 2, 3, 7]),
+            (Place::Uplink, true, &[2, 3, 7]),
+            (port, false, &[1, 4, 5, 6]),
+            (port, true, &[2, 4, 5, 7]),
+            (other, true, &[]),
+        ];
+        for (place, drops_only, expected) in cases {
+            let (mut captures, source) = capturing(Selection { place, drops_only });
+            let frame = [0; 60];
+            receive(&mut captures, None, &frame, None);
+            send(&mut captures, 1, false, None);
+            receive(&mut captures, None, &frame, None);
+            captures.watch::<true>(None).dropped(Some(1), InnerTag);
+            receive(&mut captures, None, &frame, None);
+            captures.watch::<true>(None).dropped(None, Malformed);
+            send(&mut captures, 1, false, Some(GuestAbsent));
+            receive(&mut captures, Some(1), &frame, None);
+            captures.watch::<true>(Some(1)).dropped(Some(1), TaggedOnAccess);
+            receive(&mut captures, Some(1), &frame, None);
+            send(&mut captures, 1, true, Some(UplinkDown));
+            let expected: Vec<_> = expected.iter().map(|index| all[*index]).collect();
+            assert_eq!(seen(&mut captures, &source), expected, "{place:?} drops: {drops_only}");
+        }
+    }
+
+    #[test]
+    fn without_room_frames_are_missed_and_counted_where() {
+        for drops_only in [false, true] {
+            let (mut captures, source) = capturing(Selection { drops_only, ..EVERYTHING });
+            let frame = [0; 1000];
+            let per_chunk = CHUNK_LEN / (RECORD_HEADER_LEN + frame.len());
+            let fits = (per_chunk * CHUNKS) as u64;
+            for _ in 0..fits + 10 {
+                receive(&mut captures, Some(2), &frame, None);
+                captures.watch::<true>(Some(2)).dropped(Some(2), DropReason::Malformed);
+            }
+            receive(&mut captures, None, &frame, None);
+            assert_eq!(source.missed(Some(2)), 10);
+            assert_eq!(source.missed(None), u64::from(!drops_only));
+            assert_eq!(seen(&mut captures, &source).len() as u64, fits);
+            receive(&mut captures, Some(2), &frame, None);
+            captures.watch::<true>(Some(2)).dropped(Some(2), DropReason::Malformed);
+            captures.end_round(true);
+            let chunk = source.receive(Duration::ZERO).unwrap();
+            assert_eq!(chunk.records().next().unwrap().missed, 10, "told with the next");
+        }
+    }
+
+    #[test]
+    fn the_longest_frame_fits() {
+        let (mut captures, source) = capturing(EVERYTHING);
+        receive(&mut captures, None, &vec![9; 65_535 + 14 + 8], None);
+        captures.end_round(true);
+        let chunk = source.receive(Duration::ZERO).unwrap();
+        assert_eq!(chunk.records().next().unwrap().bytes.len(), 65_557);
+    }
+
+    #[test]
+    fn a_sink_without_a_reader_leaves() {
+        let (mut captures, source) = capturing(EVERYTHING);
+        receive(&mut captures, None, &[0; 60], None);
+        source.close();
+        captures.end_round(false);
+        assert!(captures.is_empty());
+        assert_eq!(source.receive(Duration::ZERO).unwrap().records().count(), 1, "the last ones");
+        assert_eq!(source.receive(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
+
+        let sources: Vec<Source> = (0..=SINKS_MAX)
+            .map(|_| {
+                let (sink, source) = capture(EVERYTHING, 64, 4);
+                captures.add(Box::new(sink));
+                source
+            })
+            .collect();
+        let refused = sources.last().unwrap().receive(Duration::ZERO);
+        assert_eq!(refused, Err(RecvTimeoutError::Disconnected), "one too many");
+        drop(sources);
+        captures.end_round(true);
+        assert!(captures.is_empty());
+    }
+
+    #[test]
+    fn a_reader_that_waits_sees_frames_at_once() {
+        let (mut captures, source) = capturing(EVERYTHING);
+        receive(&mut captures, None, &[0; 60], None);
+        captures.end_round(false);
+        assert!(!source.is_empty());
+        // It has not come yet: the next frames wait for a full chunk, or for quiet.
+        receive(&mut captures, None, &[0; 60], None);
+        captures.end_round(false);
+        assert_eq!(source.receive(Duration::ZERO).unwrap().records().count(), 1);
+        assert!(source.is_empty());
+        captures.end_round(true);
+        assert!(!source.is_empty());
     }
 }
