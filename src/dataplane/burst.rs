@@ -60,18 +60,21 @@ pub fn rewrite(
 ) -> Result<Handling, DropReason> {
     let offload = check_offload(frame.header, frame.buffer.frame());
     let growth = frame.buffer.apply(edit, frame.stripped).map_err(|_| DropReason::Malformed)?;
-    let grown = |offset: u16| offset.wrapping_add_signed(growth as i16);
+    let grown = |offset: u16| {
+        let grown = i16::try_from(growth).ok().and_then(|by| offset.checked_add_signed(by));
+        grown.ok_or(DropReason::BadOffload)
+    };
     match offload {
         Offload::Bad => Err(DropReason::BadOffload),
         Offload::Segment => {
-            frame.header.csum_start = grown(frame.header.csum_start);
+            frame.header.csum_start = grown(frame.header.csum_start)?;
             Ok(Handling::Cut)
         }
         Offload::Plain(mut header) => {
             if header.needs_csum() {
-                header.csum_start = grown(header.csum_start);
+                header.csum_start = grown(header.csum_start)?;
                 if header.hdr_len > 0 {
-                    header.hdr_len = grown(header.hdr_len);
+                    header.hdr_len = grown(header.hdr_len)?;
                 }
             }
             frame.header = header;
@@ -200,13 +203,10 @@ impl<const WATCHED: bool> Lane<'_, WATCHED> {
         if packets.is_empty() {
             return;
         }
-        let device = match &mut self.device {
-            Some(device) if self.link.is_up() => device,
-            _ => return self.drop_all(packets, self.toward.absent()),
-        };
-        if self.shed_until.is_some_and(|until| self.now < until) {
-            return self.drop_all(packets, self.toward.queue_full());
+        if let Some(reason) = self.closed() {
+            return self.drop_all(packets, reason);
         }
+        let Some(device) = &mut self.device else { return };
         let (watch, to_uplink) = (&mut self.watch, self.toward == Toward::Uplink);
         let mut shown = 0;
         let mut refused_frames = 0;
@@ -238,13 +238,27 @@ impl<const WATCHED: bool> Lane<'_, WATCHED> {
             .add_out(packets.len() as u64 - refused_frames, frame_bytes(packets) - refused_bytes);
     }
 
+    /// Why nothing can go out now, if so.
+    #[inline]
+    fn closed(&self) -> Option<DropReason> {
+        if self.device.is_none() || !self.link.is_up() {
+            return Some(self.toward.absent());
+        }
+        let shed = self.shed_until.is_some_and(|until| self.now < until);
+        shed.then(|| self.toward.queue_full())
+    }
+
     fn drop_all(&mut self, packets: &[&[u8]], reason: DropReason) {
         self.flow.add_drops(reason, packets.len() as u64);
         self.watch.sent(self.toward == Toward::Uplink, packets, Some(reason));
     }
 
-    /// Cuts a super-frame the kernel would lose and sends the segments.
+    /// Cuts a super-frame the kernel would lose and sends the segments. One that can
+    /// go nowhere is dropped in one piece: cutting it would be work for nobody.
     fn cut(&mut self, frame: &Received<'_>) {
+        if let Some(reason) = self.closed() {
+            return self.drop_all(&[frame.buffer.packet()], reason);
+        }
         let Ok(mut segmenter) = Segmenter::new(frame.buffer.frame(), frame.header) else {
             return self.drop_all(&[frame.buffer.packet()], DropReason::BadOffload);
         };
@@ -287,7 +301,86 @@ fn frame_bytes(packets: &[&[u8]]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    use super::super::capture::Captures;
     use super::*;
+    use crate::frame::edit::HEADROOM;
+    use crate::frame::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4};
+    use crate::frame::{FrameBuffer, Tag, Tci, VnetHeader};
+    use crate::port::{DeviceState, MemoryPort};
+
+    const ABLE: Abilities = Abilities { tagged_gso: true, udp_gso: true };
+
+    fn received(space: &mut [u8], header: VnetHeader) -> Received<'_> {
+        let buffer = FrameBuffer::new(space, HEADROOM).unwrap();
+        Received { buffer, stripped: None, header }
+    }
+
+    #[test]
+    fn an_offset_that_does_not_grow_is_a_bad_offload() {
+        let push = |tags: usize| {
+            let tag = Tag { tpid: Tpid::Customer, tci: Tci(5) };
+            let push = [(tags > 0).then_some(tag), (tags > 1).then_some(tag)];
+            TagEdit { pop: 0, push }
+        };
+        // With the checksum's two bytes: one tag more still fits 16 bits, two do not.
+        let header = VnetHeader {
+            flags: FLAG_NEEDS_CSUM,
+            csum_start: u16::MAX - 6,
+            ..VnetHeader::default()
+        };
+        for (tags, expected) in
+            [(0, Ok(Handling::Whole)), (1, Ok(Handling::Whole)), (2, Err(DropReason::BadOffload))]
+        {
+            let mut space = vec![0; HEADROOM + 66_000];
+            let mut frame = received(&mut space, header);
+            assert_eq!(rewrite(&mut frame, &push(tags), ABLE, u32::MAX), expected, "{tags} tags");
+        }
+    }
+
+    #[test]
+    fn a_super_frame_that_can_go_nowhere_is_not_cut() {
+        let mut space = vec![0; HEADROOM];
+        space.extend([2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
+        space.extend([0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, 6, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+        space.resize(HEADROOM + 54 + 4000, 0x50);
+        let header = VnetHeader {
+            flags: FLAG_NEEDS_CSUM,
+            gso_type: GSO_TCPV4,
+            hdr_len: 54,
+            gso_size: 1000,
+            csum_start: 34,
+            csum_offset: 16,
+        };
+        let frame = received(&mut space, header);
+        let now = Instant::now();
+        let cut = |state: DeviceState, mut shed_until: Option<Instant>| {
+            let link = Link::default();
+            link.set(state, 1500);
+            let flow = FlowCounters::default();
+            let mut nobody = Captures::default();
+            let mut lane = Lane {
+                device: Some(&mut Device::Memory(MemoryPort::default())),
+                link: &link,
+                shed_until: &mut shed_until,
+                flow: &flow,
+                toward: Toward::Guest,
+                now,
+                space: &mut SendSpace::default(),
+                segments: &mut SegmentSpace::default(),
+                watch: nobody.watch::<false>(Some(0)),
+            };
+            lane.send_frames([(&frame, Handling::Cut)].into_iter());
+            let flow = flow.snapshot();
+            let drops: Vec<_> = flow.reasons().collect();
+            (flow.split_frames, flow.out_frames, drops)
+        };
+        assert_eq!(cut(DeviceState::Up, None), (3, 4, vec![]));
+        let absent = vec![(DropReason::GuestAbsent, 1)];
+        assert_eq!(cut(DeviceState::Down, None), (0, 0, absent));
+        let full = vec![(DropReason::GuestQueueFull, 1)];
+        assert_eq!(cut(DeviceState::Up, Some(now + SHED_TIME)), (0, 0, full));
+    }
 
     #[test]
     fn legacy_tags_are_found_behind_others() {

@@ -46,6 +46,11 @@ pub const TCP_SEGMENT_MIN: u16 = 8;
 /// The most segments in a UDP super-frame (`include/linux/udp.h`,
 /// `UDP_MAX_SEGMENTS`); the kernel refuses more.
 pub const UDP_SEGMENTS_MAX: usize = 128;
+/// The most segments a super-frame of any kind may make: 64 KiB at 64 bytes each. One
+/// frame of 64 KiB with a `gso_size` of 8 would be 8000 frames' work for whoever cuts
+/// it, here or in the kernel, in the time of all other ports. TCP over a path that
+/// IPv4 allows at all (MSS 536, RFC 9293 section 3.7.1) makes 123.
+pub const SEGMENTS_MAX: usize = 1024;
 /// A `gso_size` with another meaning inside the kernel (`include/linux/skbuff.h`,
 /// `GSO_BY_FRAGS`), which it refuses to take from outside.
 const GSO_BY_FRAGS: u16 = 0xffff;
@@ -183,6 +188,10 @@ fn check_super_frame(header: VnetHeader, frame: &[u8]) -> Offload {
         _ => false,
     };
     if !legal || header.gso_size == GSO_BY_FRAGS {
+        return Offload::Bad;
+    }
+    // Headers counted in, as their length is not known yet: a few segments more.
+    if frame.len() > SEGMENTS_MAX * usize::from(header.gso_size) {
         return Offload::Bad;
     }
     if header.needs_csum() && checksum_end(header) > frame.len() {
@@ -362,6 +371,18 @@ mod tests {
         let header = VnetHeader { flags: 0, ..gso(GSO_TCPV4, 0, 0) };
         assert_eq!(check_offload(header, &frame), Offload::Segment);
         assert_eq!(check_offload(header, &tunnel), Offload::Bad);
+    }
+
+    #[test]
+    fn a_super_frame_makes_a_bounded_number_of_segments() {
+        let plain = VnetHeader { gso_size: 50, ..gso(GSO_TCPV4, 34, 16) };
+        // The same, but inside a tunnel: for the segmenter.
+        let inner = VnetHeader { csum_start: 74, ..plain };
+        let longest = SEGMENTS_MAX * 50;
+        for header in [plain, inner] {
+            assert_ne!(check_offload(header, &tcp_v4(0, longest - 54)), Offload::Bad);
+            assert_eq!(check_offload(header, &tcp_v4(0, longest - 53)), Offload::Bad);
+        }
     }
 
     #[test]
