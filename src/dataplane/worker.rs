@@ -395,7 +395,7 @@ impl Worker {
                     self.table = table;
                     let _ = self.notices.send(Notice::Switched);
                 }
-                Command::Capture(sink) => self.captures.add(sink),
+                Command::Capture(sink) => self.capture(sink),
                 Command::Stop => {
                     self.stop();
                     return ControlFlow::Break(());
@@ -416,6 +416,11 @@ impl Worker {
         if let Some(slot) = self.slots.get_mut(port) {
             *slot = Slot::new(shared);
         }
+    }
+
+    /// Shows frames to a capture from the next round on.
+    pub fn capture(&mut self, sink: Box<Sink>) {
+        self.captures.add(sink);
     }
 
     /// Takes a device into the loop; gives it back with the error if it cannot be
