@@ -205,21 +205,28 @@ impl Host {
         }
     }
 
-    /// Seals a port again if its seal was taken away, which `cause` tells of. Frames the
-    /// guest sent in between reached the host. Returns what people should know.
+    /// Looks after a port's seal when `cause` has changed something around it: seals
+    /// again if the seal is gone, and otherwise takes it out of the way of who did
+    /// that. For libvirt begins so to apply `<bandwidth>`: it removes the root qdisc,
+    /// and adds an ingress qdisc next, which a clsact qdisc of ours would refuse.
+    /// Returns what people should know.
     pub fn keep_sealed(&mut self, name: &str, index: u32, cause: &str) -> Option<String> {
         let again = match is_attached_tc(SEAL_NAME, index, Direction::Ingress) {
-            Ok(true) => return None,
+            Ok(true) => {
+                self.settle_seal(index);
+                return None;
+            }
             Ok(false) => attach_tc(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress),
             Err(error) => Err(error),
         };
         match again {
             Ok(_) => {
-                // Where the same command does not reach it, nor is in its way.
+                // To where the same command does not reach it.
                 self.settle_seal(index);
                 Some(format!(
                     "{name}: {cause}, and with it the seal that keeps the guest's frames from the \
-                     host: sealed again; do not touch the tc ingress of this device"
+                     host: sealed again, but what the guest sent in between may have reached the \
+                     host; leave the tc ingress of this device alone"
                 ))
             }
             // The device itself is going.
@@ -336,9 +343,12 @@ impl Host {
 
     fn warn_about(&mut self, link: &LinkState) {
         let name = &link.name;
-        if link.master.is_some() {
+        if let Some(master) = link.master {
+            let master =
+                self.links.link(master).map_or_else(|_| "a bridge".into(), |link| link.name);
             warn!(
-                "{name} is in a bridge or bond, which no longer gets its frames: `ip link set {name} nomaster`"
+                "{name} is a port of {master}, which no longer gets the guest's frames, while the guest \
+                 still gets all that {master} floods, from outside its VLAN: `ip link set {name} nomaster`"
             );
         }
         let addresses: Vec<String> = self

@@ -175,11 +175,15 @@ def unwatch(name):
     kept.pop(name)[0].close()
 
 
-def send_frame(device, frame):
-    """Sends one frame, given in hexadecimal."""
+def send_frame(device, frame, seconds=0):
+    """Sends a frame, given in hexadecimal, once or for so long; returns how often."""
+    sent, end = 0, time.monotonic() + seconds
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
         raw.bind((device, 0))
-        raw.send(bytes.fromhex(frame))
+        while not sent or time.monotonic() < end:
+            raw.send(bytes.fromhex(frame))
+            sent += 1
+    return sent
 
 
 def tcp_listen(name, address, port):

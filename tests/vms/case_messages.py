@@ -1,18 +1,20 @@
 """What vlanswitchd, QEMU and the documents say when something does not fit."""
 
-import os
 import pwd
+import socket
 
 import documents
 from checks import Checks
 from guest import Guest, tap_devices
 from lab import UPLINK, Daemon, eventually, run
-from tap import Tap
+from tap import ETHER_TYPE, Tap, experiment
 
 TAP = "tap-web1"
 QEMU = "QEMU without libvirt"
 # Someone who may do nothing; Debian has them everywhere.
 USER, GROUP = "nobody", "nogroup"
+# BR_STATE_FORWARDING, include/uapi/linux/if_bridge.h
+FORWARDING = "3"
 
 
 class WhatVlanswitchdSays(Checks):
@@ -61,7 +63,27 @@ class WhatVlanswitchdSays(Checks):
         self.lab.host.ip("link", "add", "br-lan", "type", "bridge")
         self.addCleanup(self.remove, ["br-lan"])
         self.lab.host.ip("link", "set", TAP, "master", "br-lan")
-        self.warned(f"101={TAP}", "bridge", f"ip link set {TAP} nomaster")
+        daemon = self.warned(f"101={TAP}", "a port of br-lan", f"ip link set {TAP} nomaster")
+        with self.subTest("what the warning says is so"):
+            self.lab.host.ip("link", "set", "br-lan", "up")
+            tap = Tap(self.lab.host, TAP)
+            self.addCleanup(tap.close)
+            daemon.attached(TAP)
+            eventually("the port forwards", lambda: self.lab.host.run(
+                "cat", f"/sys/class/net/{TAP}/brport/state").strip() == FORWARDING)
+            with self.lab.host.entered():
+                bridge = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHER_TYPE))
+                bridge.bind(("br-lan", ETHER_TYPE))
+            self.addCleanup(bridge.close)
+            flooded, sent = experiment("0200000000c1"), experiment("0200000000c2")
+            bridge.send(bytes.fromhex(flooded))
+            self.assertTrue(tap.receive(flooded), "the guest hears what the bridge floods")
+            before = daemon.port(TAP)["from_guest"]["out_frames"]
+            tap.send(sent)
+            eventually("it is carried", lambda: daemon.port(TAP)["from_guest"]["out_frames"] > before)
+            bridge.setblocking(False)
+            with self.assertRaises(BlockingIOError):
+                bridge.recv(2048)
 
     def test_a_tap_with_an_address_of_the_hosts(self):
         self.existing_tap()
@@ -139,5 +161,9 @@ class QemuWithoutPrivileges(Checks):
 
 
 def without_privileges():
-    """Words that drop what root has."""
-    return ["setpriv", f"--reuid={USER}", f"--regid={GROUP}", "--clear-groups", "--inh-caps=-all", "--no-new-privs", "--pdeathsig", "KILL"]
+    """Words that drop what root has, where /dev/net/tun is open to all, as Debian's udev makes it."""
+    opened = 'mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && exec "$@"'
+    return [
+        "unshare", "--mount", "sh", "-c", opened, "sh",
+        "setpriv", f"--reuid={USER}", f"--regid={GROUP}", "--clear-groups", "--inh-caps=-all", "--no-new-privs", "--pdeathsig", "KILL",
+    ]

@@ -35,11 +35,14 @@ class WithGuest:
 
     @classmethod
     def end(cls):
-        if cls.daemon:
-            cls.daemon.kill()
-        if hasattr(cls, "guest"):
-            cls.guest.close()
-        shared().host.ip("link", "del", TAP, check=False)
+        """As a user would: the daemon first, which must end well and account for every frame."""
+        try:
+            if cls.daemon:
+                cls.daemon.stop()
+        finally:
+            if hasattr(cls, "guest"):
+                cls.guest.close()
+            shared().host.ip("link", "del", TAP, check=False)
 
     @classmethod
     def tunnel(cls):

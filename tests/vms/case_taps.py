@@ -4,25 +4,15 @@ The VMM is played by this process, which opens the tap's descriptor as QEMU does
 """
 
 import datetime
-import itertools
 import json
 import statistics
 
 from checks import Checks, datagram_to_host, heard, listening_host
-from lab import Namespace, eventually, far_address, guest_address
-from tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, Tap
+from lab import Namespace, eventually, far_address, guest_address, run
+from tap import ETHER_TYPE, TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, Tap, experiment
 
 TAP, OTHER = "tap-web1", "tap-other"
 LIFETIMES, FLIPS = 30, 200
-# An EtherType for local experiments (IEEE 802): nobody else's frames look like these.
-ETHER_TYPE = 0x88B5
-
-numbers = itertools.count(1)
-
-
-def experiment(source, length=60):
-    """A frame like no other before it."""
-    return f"ffffffffffff{source}{ETHER_TYPE:04x}{next(numbers):08x}".ljust(2 * length, "0")
 
 
 class TapsThatAppear(Checks):
@@ -153,6 +143,45 @@ class TapsThatAppear(Checks):
             tap.receive("", 0.005)
         self.lab.far.result(flood)
         self.passes(tap)
+
+
+class Seals(Checks):
+    """What stands at a tap's tc ingress is taken away by somebody."""
+
+    def test_a_seal_that_is_removed_is_put_back(self):
+        self.lab.host.ip("tuntap", "add", TAP, "mode", "tap")
+        self.lab.host.ip("link", "set", TAP, "up")
+        self.addCleanup(self.remove, [TAP])
+        tap = Tap(self.lab.host, TAP)
+        self.addCleanup(tap.close)
+        for number, (command, cause) in enumerate((
+            ("qdisc del dev {} clsact", "a qdisc was removed"),
+            ("filter del dev {} ingress", "a tc filter was removed"),
+        )):
+            with self.subTest(command):
+                # Where a device is found at start, the seal stands where tc reaches it.
+                daemon = self.serve("--map", f"101={TAP}")
+                daemon.attached(TAP)
+                self.tc(command.format(TAP))
+                message = daemon.says("sealed again")
+                self.assertIn(f"{TAP}: {cause}", message)
+                with listening_host(self.lab) as ear:
+                    tap.send(datagram_to_host(b"after that"))
+                    eventually("it is carried", lambda: daemon.port(TAP)["from_guest"]["out_frames"])
+                    self.assertEqual(heard(ear), [])
+                # It stands where tc does not reach it, and nothing of ours is in the way.
+                self.tc(f"qdisc add dev {TAP} clsact")
+                self.tc(f"qdisc del dev {TAP} clsact")
+                daemon.port(TAP)
+                self.assertEqual(len([text for text in daemon.messages() if "sealed again" in text]), 1)
+                daemon.stop()
+                self.assertNotIn("clsact", self.tc(f"qdisc show dev {TAP}"))
+                with listening_host(self.lab) as ear:
+                    tap.send(datagram_to_host(b"no port"))
+                    eventually("the host hears a tap that was given back", lambda: heard(ear))
+
+    def tc(self, words):
+        return run("tc", "-netns", self.lab.host.name, *words.split())
 
 
 class Containers(Checks):

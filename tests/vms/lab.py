@@ -244,7 +244,10 @@ class Daemon:
         """Stops it; it must end well and account for every frame."""
         if self.process.poll() is None:
             self.process.terminate()
-        self.process.wait(PATIENCE)
+        try:
+            self.process.wait(PATIENCE)
+        finally:
+            self.kill()
         self.finish()
         if self.process.returncode:
             raise AssertionError(f"vlanswitchd ended with {self.process.returncode}: {self.log[-20:]}")

@@ -19,6 +19,8 @@ namespaces = []
 remember_owner = 0
 stdio_handler = "file"
 """
+# The device in the XML of docs/libvirt.md.
+TAP = "tap-web1"
 PRIVATE = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run/libvirt")
 
 
@@ -119,6 +121,10 @@ class Domain:
         self.agent.ready = self.agent.expect(0)
         self.agent.start("run", command="reboot -f")
         self.booted()
+
+    def tune(self, *limits):
+        """Changes `<bandwidth>` while it runs."""
+        self.libvirt.virsh("domiftune", self.name, TAP, *limits, "--live")
 
     def destroy(self):
         self.libvirt.virsh("destroy", self.name)

@@ -1,6 +1,7 @@
 """A tap as a VMM has it: the descriptor's side."""
 
 import fcntl
+import itertools
 import os
 import select
 import struct
@@ -10,6 +11,15 @@ TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 0x01, 0x02, 0x04
 VNET_HDR_LEN = 10
+# An EtherType for local experiments (IEEE 802): nobody else's frames look like these.
+ETHER_TYPE = 0x88B5
+
+numbers = itertools.count(1)
+
+
+def experiment(source, length=60):
+    """A frame like no other before it."""
+    return f"ffffffffffff{source}{ETHER_TYPE:04x}{next(numbers):08x}".ljust(2 * length, "0")
 
 
 class Tap:

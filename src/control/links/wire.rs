@@ -9,6 +9,7 @@
 //! devices cheap.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 
 use netlink_packet_core::{
     NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_REPLACE, NetlinkBuffer, NlasIterator,
@@ -26,7 +27,9 @@ const LINK_HEADER_LEN: usize = 16;
 /// Bytes of `struct ifaddrmsg` (include/uapi/linux/if_addr.h).
 const ADDRESS_HEADER_LEN: usize = 8;
 /// Where `struct tcmsg` (include/uapi/linux/rtnetlink.h) has the device's index.
-const TC_INDEX: std::ops::Range<usize> = 4..8;
+const TC_INDEX: Range<usize> = 4..8;
+/// And the handle of the qdisc or filter.
+const TC_HANDLE: Range<usize> = 8..12;
 /// Bytes of an attribute's length and type (`struct nlattr`).
 const ATTRIBUTE_HEADER_LEN: usize = 4;
 /// In an `IFLA_AF_SPEC`, the attribute of `AF_INET6` that holds how IPv6
@@ -168,9 +171,12 @@ pub(super) fn link_report(payload: &[u8]) -> Option<LinkReport> {
 }
 
 /// The device at whose tc hooks something ceased to stand, and how; none for other
-/// messages. What is added there takes nothing away.
+/// messages. What is added there takes nothing away, nor does a device's default
+/// queueing (handle 0) when it makes room for another.
 pub(super) fn unhooked(message: &Message<'_>) -> Option<(u32, &'static str)> {
+    let field = |place| number(message.payload.get(place)?);
     let cause = match message.kind {
+        libc::RTM_DELQDISC if field(TC_HANDLE)? == 0 => return None,
         libc::RTM_DELQDISC => "a qdisc was removed (`tc qdisc del`)",
         libc::RTM_DELTFILTER => "a tc filter was removed (`tc filter del`)",
         libc::RTM_NEWTFILTER if message.flags & NLM_F_REPLACE != 0 => {
@@ -178,7 +184,7 @@ pub(super) fn unhooked(message: &Message<'_>) -> Option<(u32, &'static str)> {
         }
         _ => return None,
     };
-    Some((number(message.payload.get(TC_INDEX)?)?, cause))
+    Some((field(TC_INDEX)?, cause))
 }
 
 /// The device's index and the host's own address in an `RTM_NEWADDR`: for a
