@@ -154,23 +154,22 @@ class Seals(Checks):
         self.addCleanup(self.remove, [TAP])
         tap = Tap(self.lab.host, TAP)
         self.addCleanup(tap.close)
-        for number, (command, cause) in enumerate((
+        for command, cause in (
             ("qdisc del dev {} clsact", "a qdisc was removed"),
             ("filter del dev {} ingress", "a tc filter was removed"),
-        )):
+        ):
             with self.subTest(command):
                 # Where a device is found at start, the seal stands where tc reaches it.
                 daemon = self.serve("--map", f"101={TAP}")
                 daemon.attached(TAP)
                 self.tc(command.format(TAP))
-                message = daemon.says("sealed again")
-                self.assertIn(f"{TAP}: {cause}", message)
+                self.assertIn(f"{TAP}: {cause}", daemon.says("sealed again"))
                 with listening_host(self.lab) as ear:
                     tap.send(datagram_to_host(b"after that"))
                     eventually("it is carried", lambda: daemon.port(TAP)["from_guest"]["out_frames"])
                     self.assertEqual(heard(ear), [])
-                # It stands where tc does not reach it, and nothing of ours is in the way.
-                self.tc(f"qdisc add dev {TAP} clsact")
+                # Now it stands where tc does not reach it.
+                self.tc(f"qdisc replace dev {TAP} clsact")
                 self.tc(f"qdisc del dev {TAP} clsact")
                 daemon.port(TAP)
                 self.assertEqual(len([text for text in daemon.messages() if "sealed again" in text]), 1)

@@ -37,7 +37,7 @@ class Libvirt:
         (self.folder / "etc-libvirt/qemu.conf").write_text(CONFIGURATION)
         self.socket = self.folder / "run-libvirt/libvirt-sock"
         # A process namespace, so that no guest outlives it; its first process reaps them.
-        script = " && ".join([*mounts, "libvirtd; :"])
+        script = " && ".join([*mounts, f"PATH={image.HERE}/bin:$PATH libvirtd; :"])
         self.output = self.folder / "libvirtd.out"
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
