@@ -125,6 +125,16 @@ class LibvirtCase(Checks):
                     self.domain(interface).start()
                 self.doCleanups()
 
+    def test_another_libvirtd_is_not_disturbed(self):
+        other = Libvirt(self.lab, "other-libvirt")
+        self.addCleanup(other.close)
+        self.daemon = self.switch(OURS)
+        mine = self.domain(documents.xml(OURS)[0])
+        mine.start()
+        self.assertIn(mine.name, self.libvirt.virsh("list", "--name"))
+        self.assertEqual(other.virsh("list", "--name").strip(), "")
+        self.assertTrue(self.libvirt.answers() and other.answers())
+
     def test_a_tap_that_exists_without_managed_no(self):
         said = "The tap-web1 interface already exists"
         self.assertIn(said, documents.section(OURS))

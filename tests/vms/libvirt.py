@@ -1,4 +1,8 @@
-"""A libvirtd of the lab's own, which sees none of the host's domains, networks and files."""
+"""A libvirtd of the lab's own, which neither sees nor disturbs one of the host's.
+
+It has folders of its own where libvirt keeps files, and an empty /run: no pid file but
+its own, no D-Bus by which the host's systemd would be told of its guests.
+"""
 
 import os
 import pathlib
@@ -27,9 +31,9 @@ PRIVATE = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/l
 class Libvirt:
     """libvirtd in the lab's host; all it starts ends with it."""
 
-    def __init__(self, lab):
-        self.lab, self.folder = lab, lab.folder / "libvirt"
-        mounts = []
+    def __init__(self, lab, name="libvirt"):
+        self.lab, self.folder = lab, lab.folder / name
+        mounts = ["mount -t tmpfs tmpfs /run"]
         for place in PRIVATE:
             mine = self.folder / place.strip("/").replace("/", "-")
             mine.mkdir(parents=True)
