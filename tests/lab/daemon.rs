@@ -86,7 +86,12 @@ impl Daemon {
     ) -> Self {
         let started = Instant::now();
         let mut command = namespace.command_through(wrapper, program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(arguments);
+        // Namespaces share the file system: each would find the usual socket taken.
+        if !arguments.contains(&"--control") {
+            command.args(["--control", "none"]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the daemon starts");
         let stdout = Lines::of(child.stdout.take().unwrap());
         let stderr = Lines::of(child.stderr.take().unwrap());

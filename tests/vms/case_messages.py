@@ -96,7 +96,9 @@ class WhatVlanswitchdSays(Checks):
         self.addCleanup(tap.close)
         daemon.attached(TAP)
         self.lab.host.ip("link", "set", TAP, "down")
-        daemon.says(f"{TAP}: down")
+        self.assertIn(f"ip link set {TAP} up", daemon.says(f"{TAP}: down"))
+        self.lab.host.ip("link", "set", TAP, "up")
+        daemon.says(f"{TAP}: up")
 
     def test_an_uplink_whose_mtu_is_too_small_for_two_tags(self):
         self.warned(f"101.5={TAP}", "1504", "--set-uplink-mtu", f"ip link set {UPLINK} mtu 1504")

@@ -180,7 +180,7 @@ class Daemon:
     def __init__(self, namespace, *arguments, wait=True):
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            namespace.command(binary(), "--uplink", UPLINK, "--log-format", "json", "-v", *arguments),
+            namespace.command(binary(), "--uplink", UPLINK, "--log-format", "json", "-v", "--control", "none", *arguments),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         self.out, self.log = [], []

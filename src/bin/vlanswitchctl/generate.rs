@@ -72,7 +72,7 @@ fn add_pages(name: &str, command: Command, pages: &mut Vec<(String, String)>) ->
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
     use super::*;
     use clap::ValueEnum;
 

@@ -8,7 +8,7 @@ use crate::control::checks;
 use crate::control::host::{FoundPort, Sealing};
 use crate::control::links::{LinkEvent, LinkState};
 use crate::control::mapping::DeviceKind;
-use crate::control::parallel::in_parallel;
+use crate::control::parallel::{beside, in_parallel};
 use crate::control::start_error::StartError;
 use crate::dataplane::{Command, Departed, Notice, WorkerHandle};
 use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
@@ -196,9 +196,15 @@ impl Daemon {
 
     /// Attaches a device that has just appeared.
     fn adopt(&mut self, position: PortIndex, link: &LinkState) -> Result<(), StartError> {
-        let prepared = self.prepare_port(position, link.clone(), false, Sealing::Lasting)?;
+        // Side by side: both wait for the kernel, and nothing is forwarded before both
+        // are done.
+        let (prepared, device) = beside(
+            || self.prepare_port(position, link.clone(), false, Sealing::Lasting),
+            || open(link, NetdevOptions::Port),
+        );
+        let prepared = prepared?;
         let up = self.host.bring_up(link.index).map_err(StartError::from);
-        match up.and_then(|()| open_port(prepared)) {
+        match up.and_then(|()| opened(prepared, device?)) {
             Ok(opened) => {
                 self.attach_ports(vec![opened]);
                 Ok(())
@@ -443,7 +449,14 @@ impl Daemon {
         let state = place.state();
         if state != watched.state {
             watched.see_state(state);
-            self.tell(EventKind::Link, Some(&link.name), format!("{name}: {}", state.name()));
+            let text = match state {
+                // No warning: a tap that is removed goes down first.
+                DeviceState::Down => {
+                    format!("{name}: down; `ip link set {} up` ends that", link.name)
+                }
+                state => format!("{name}: {}", state.name()),
+            };
+            self.tell(EventKind::Link, Some(&link.name), text);
         }
     }
 
@@ -527,8 +540,12 @@ impl Daemon {
     }
 }
 
-fn open_port(Prepared { position, link }: Prepared) -> Result<Opened, StartError> {
-    let device = open(&link, NetdevOptions::Port)?;
+fn open_port(prepared: Prepared) -> Result<Opened, StartError> {
+    let device = open(&prepared.link, NetdevOptions::Port)?;
+    opened(prepared, device)
+}
+
+fn opened(Prepared { position, link }: Prepared, device: Device) -> Result<Opened, StartError> {
     Ok(Opened { position, counter: device.kernel_counter()?, link: Some(link), device })
 }
 
