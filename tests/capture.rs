@@ -156,6 +156,8 @@ impl Drop for Scratch {
     }
 }
 
+type StrippedTag = Option<(Tpid, u16)>;
+
 /// A frame as tshark reads it: interface, direction (1 in, 2 out), comment, length
 /// on the wire, and its bytes in hexadecimal.
 type Seen = (String, String, String, usize, String);
@@ -241,7 +243,8 @@ fn bytes(tags: &[(u16, u16)], ethertype: u16, payload: usize) -> Vec<u8> {
     frame
 }
 
-fn plain(frames: &[(Vec<u8>, Option<(Tpid, u16)>)]) -> MemoryPort {
+/// A device with these frames and the tags the kernel took out of them.
+fn plain(frames: &[(Vec<u8>, StrippedTag)]) -> MemoryPort {
     let mut port = MemoryPort::default();
     for (frame, stripped) in frames {
         let tag = stripped.map(|(tpid, tci)| Tag { tpid, tci: Tci(tci) });

@@ -60,10 +60,9 @@ pub fn rewrite(
 ) -> Result<Handling, DropReason> {
     let offload = check_offload(frame.header, frame.buffer.frame());
     let growth = frame.buffer.apply(edit, frame.stripped).map_err(|_| DropReason::Malformed)?;
-    let grown = |offset: u16| {
-        let grown = i16::try_from(growth).ok().and_then(|by| offset.checked_add_signed(by));
-        grown.ok_or(DropReason::BadOffload)
-    };
+    // At most a few tags' length: it fits.
+    let growth = growth as i16;
+    let grown = |offset: u16| offset.checked_add_signed(growth).ok_or(DropReason::BadOffload);
     match offload {
         Offload::Bad => Err(DropReason::BadOffload),
         Offload::Segment => {
