@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use vlanswitchd::control::capture::expression::compile;
 use vlanswitchd::control::capture::filter::Program;
@@ -42,10 +42,15 @@ struct Bed {
     ports: Vec<Arc<PortShared>>,
     uplink: Arc<UplinkShared>,
     names: Names,
+    /// Each worker spins; several at once would only starve each other.
+    _turn: MutexGuard<'static, ()>,
 }
+
+static TURN: Mutex<()> = Mutex::new(());
 
 impl Bed {
     fn new() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let maps = ["101=web".to_owned(), "102=mail,mode=access,tpid=0x88a8".to_owned()];
         let (_, table) = parse_all(&maps, "eth0", Tpid::Customer).unwrap();
         let ports: Vec<Arc<PortShared>> = (0..2).map(|_| Arc::default()).collect();
@@ -68,7 +73,7 @@ impl Bed {
         for (interface, name) in [(None, "eth0"), (Some(TUNNEL), "web"), (Some(ACCESS), "mail")] {
             names.set(interface, name);
         }
-        Self { worker: Some(worker), ports, uplink, names }
+        Self { worker: Some(worker), ports, uplink, names, _turn: turn }
     }
 
     fn send(&self, command: Command) {
