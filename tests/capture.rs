@@ -289,6 +289,7 @@ fn each_frame_is_seen_where_it_passes_as_it_is_there() {
     let none = MemoryPort::default;
     bed.run(plain(&[(small.clone(), None)]), none(), none(), [1, 0, 0]);
     let summary = finish(session);
+    drop(bed);
     assert!(matches!(summary.end, End::Asked), "{summary:?}");
 
     let frame = |interface: &str, out: bool, reason: &str, bytes: &[u8]| {
@@ -350,6 +351,7 @@ fn super_frames_are_seen_whole_and_their_segments_where_they_go() {
     bed.run(MemoryPort::default(), MemoryPort::default(), MemoryPort::default(), [0; 3]);
     bed.run(tunnel, MemoryPort::default(), MemoryPort::default(), [1, 0, 0]);
     finish(session);
+    drop(bed);
     let lengths: Vec<_> = tshark(&scratch.0).into_iter().map(|frame| (frame.0, frame.3)).collect();
     let mut expected = vec![("web".to_owned(), 4054)];
     expected.extend([("eth0".to_owned(), 1058), ("eth0".to_owned(), 1058)]);
@@ -375,13 +377,15 @@ fn filter_snaplen_and_limit() {
     let vids = [101, 999, 101, 101].map(|vid| (small.clone(), Some((Tpid::Customer, vid))));
     bed.run(MemoryPort::default(), MemoryPort::default(), plain(&vids), [0, 0, 4]);
     let summary = session.join();
+    let cut = finish(cut);
+    drop(bed);
     assert!(matches!(summary.end, End::Limit), "{summary:?}");
     assert_eq!(summary.written, 2);
     let found = tshark(&scratch.0);
     assert!(found.iter().all(|frame| frame.4 == hex(&bytes(&[(0x8100, 101)], 0x88b5, 46))));
     assert_eq!(found.len(), 2);
 
-    assert_eq!(finish(cut).written, 7);
+    assert_eq!(cut.written, 7);
     let tagged = hex(&bytes(&[(0x8100, 101)], 0x88b5, 2));
     let first = tshark(&short.0).swap_remove(0);
     assert_eq!((first.3, &first.4[..]), (64, &tagged[..]));
@@ -406,6 +410,7 @@ fn a_reader_that_does_not_read_misses_frames_and_is_told_how_many() {
     let mut file = Vec::new();
     reader.read_to_end(&mut file).unwrap();
     let summary = session.join();
+    drop(bed);
     assert!(matches!(summary.end, End::Asked), "{summary:?}");
     assert!(summary.missed > 0 && summary.written > 0, "{summary:?}");
     assert_eq!(summary.written + summary.missed, FRAMES);
