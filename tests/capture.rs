@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 use vlanswitchd::control::capture::expression::compile;
 use vlanswitchd::control::capture::filter::Program;
 use vlanswitchd::control::capture::{End, Names, Options, Session, Summary};
-use vlanswitchd::control::mapping::parse_all;
+use vlanswitchd::control::mapping;
 use vlanswitchd::dataplane::{
     Abilities, Command, Place, PollMode, PortShared, SNAPLEN_MAX, Selection, UplinkShared, Worker,
     WorkerHandle, capture,
@@ -51,8 +51,9 @@ static TURN: Mutex<()> = Mutex::new(());
 impl Bed {
     fn new() -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let maps = ["101=web".to_owned(), "102=mail,mode=access,tpid=0x88a8".to_owned()];
-        let (_, table) = parse_all(&maps, "eth0", Tpid::Customer).unwrap();
+        let maps = ["101=web", "102=mail,mode=access,tpid=0x88a8"];
+        let specs = maps.map(|map| mapping::argument(map).unwrap());
+        let (_, table) = mapping::build_all(&specs, None, Tpid::Customer).unwrap();
         let ports: Vec<Arc<PortShared>> = (0..2).map(|_| Arc::default()).collect();
         let uplink = Arc::<UplinkShared>::default();
         uplink.link.set(DeviceState::Up, 1500);
