@@ -19,7 +19,8 @@ use crate::control::links::{
 };
 use crate::sys::bpf::{
     self, AssemblyError, BpfError, Direction, ProgramKind, attach_beside_qdiscs, attach_tc,
-    detach_tc, is_attached_tc, move_to_tcx, seal_program,
+    detach_tc, is_attached_tc, move_to_tcx, move_to_tcx_leaving_qdisc, remove_empty_qdisc,
+    seal_program,
 };
 use crate::sys::ethtool::{self, EthtoolError, Features};
 use std::net::IpAddr;
@@ -199,9 +200,25 @@ impl Host {
 
     /// Moves a sealed device's seal to the place where it costs a frame least. Takes
     /// the kernel 12-20 ms, hence not part of [`Host::prepare_port`].
-    pub fn settle_seal(&mut self, index: u32) {
-        if let Err(error) = move_to_tcx(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress) {
+    /// Returns whether something is left for [`Host::clear_up`].
+    pub fn settle_seal(&mut self, index: u32, sending: bool) -> bool {
+        let seal = self.seal.as_fd();
+        let moved = if sending {
+            move_to_tcx_leaving_qdisc(seal, SEAL_NAME, index, Direction::Ingress)
+        } else {
+            move_to_tcx(seal, SEAL_NAME, index, Direction::Ingress).map(|_| false)
+        };
+        moved.unwrap_or_else(|error| {
             debug!("seal of device {index} stays with clsact: {error}");
+            false
+        })
+    }
+
+    /// Removes what settling left, when nothing is sent to the device: a qdisc that
+    /// would be in the way of libvirt's `<bandwidth>`.
+    pub fn clear_up(&mut self, index: u32) {
+        if let Err(error) = remove_empty_qdisc(index) {
+            debug!("a clsact qdisc stays on device {index}: {error}");
         }
     }
 
@@ -213,22 +230,21 @@ impl Host {
     pub fn keep_sealed(&mut self, name: &str, index: u32, cause: &str) -> Option<String> {
         let again = match is_attached_tc(SEAL_NAME, index, Direction::Ingress) {
             Ok(true) => {
-                self.settle_seal(index);
+                self.settle_seal(index, false);
                 return None;
             }
-            Ok(false) => attach_tc(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress),
+            // To where the same command does not reach it.
+            Ok(false) => {
+                attach_beside_qdiscs(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress)
+            }
             Err(error) => Err(error),
         };
         match again {
-            Ok(_) => {
-                // To where the same command does not reach it.
-                self.settle_seal(index);
-                Some(format!(
-                    "{name}: {cause}, and with it the seal that keeps the guest's frames from the \
-                     host: sealed again, but what the guest sent in between may have reached the \
-                     host; leave the tc ingress of this device alone"
-                ))
-            }
+            Ok(_) => Some(format!(
+                "{name}: {cause}, and with it the seal that keeps the guest's frames from the \
+                 host: sealed again, but what the guest sent in between may have reached the \
+                 host; leave the tc ingress of this device alone"
+            )),
             // The device itself is going.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => None,
             Err(error) => Some(format!(

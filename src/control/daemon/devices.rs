@@ -223,6 +223,7 @@ impl Daemon {
             return;
         };
         self.unsettled.retain(|unsettled| Some(*unsettled) != attached.index);
+        self.uncleared.retain(|uncleared| Some(*uncleared) != attached.index);
         if let Some(found) = attached.found {
             self.host.give_port_back(&found.renamed(name));
         }
@@ -445,10 +446,16 @@ impl Daemon {
             } else {
                 return;
             };
-        publish(place, Some(link));
+        // The latest there is, not what an event of several tells.
+        let latest = self.monitor.links().by_index(link.index).unwrap_or(link);
+        publish(place, Some(latest));
         let state = place.state();
         if state != watched.state {
             watched.see_state(state);
+            if state != DeviceState::Up && self.uncleared.contains(&link.index) {
+                self.uncleared.retain(|index| *index != link.index);
+                self.host.clear_up(link.index);
+            }
             let text = match state {
                 // No warning: a tap that is removed goes down first.
                 DeviceState::Down => {
@@ -457,6 +464,15 @@ impl Daemon {
                 state => format!("{name}: {}", state.name()),
             };
             self.tell(EventKind::Link, Some(&link.name), text);
+        }
+    }
+
+    /// Moves a device's seal to where it costs least.
+    pub(super) fn settle(&mut self, index: u32) {
+        let port = self.ports.by_index(index);
+        let sending = port.is_some_and(|(_, port)| port.shared.link.is_up());
+        if self.host.settle_seal(index, sending) {
+            self.uncleared.push(index);
         }
     }
 

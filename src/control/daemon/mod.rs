@@ -80,6 +80,8 @@ pub struct Daemon {
     created: Vec<CreatedTap>,
     /// Devices whose seal has not been moved to where it costs least.
     unsettled: Vec<u32>,
+    /// Devices with something left of that, to be cleared up when their guest is gone.
+    uncleared: Vec<u32>,
     poll: Poll,
     signals: SignalFd,
     server: Server,
@@ -136,6 +138,7 @@ impl Daemon {
             retired: Sent::default(),
             created: Vec::new(),
             unsettled: Vec::new(),
+            uncleared: Vec::new(),
             poll,
             signals,
             server,
@@ -208,7 +211,7 @@ impl Daemon {
             if events.is_empty()
                 && let Some(index) = self.unsettled.pop()
             {
-                self.host.settle_seal(index);
+                self.settle(index);
             }
             for event in &events {
                 match event.token() {

@@ -11,6 +11,11 @@
 //! empty one would keep others from adding theirs (libvirt's `<bandwidth>` adds an
 //! `ingress` qdisc, which takes the same place). Whose the qdisc is, the filter's
 //! handle tells, so that a later run knows it too.
+//!
+//! Making or removing the qdisc of a device that is up takes the device's sending side
+//! down for a grace period (`qdisc_graft` in net/sched/sch_api.c): what is sent
+//! meanwhile vanishes, and the sender is told that all is well. So a qdisc is not
+//! removed while frames are forwarded to the device ([`Qdisc::Leave`]).
 
 use super::syscall::BpfError;
 use super::tc::{Attached, Direction};
@@ -91,15 +96,53 @@ pub fn is_attached(name: &str, device: u32, direction: Direction) -> Result<bool
     Ok(Netlink::open()?.find(name, device, direction)?.is_some())
 }
 
+/// Removes the clsact qdisc if no filter is in it.
+///
+/// # Errors
+/// There is no such interface.
+pub fn remove_empty_qdisc(device: u32) -> Result<(), BpfError> {
+    Netlink::open()?.remove_empty_qdisc(device)
+}
+
+/// What becomes of a qdisc that was made for a filter, when the filter goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Qdisc {
+    /// It goes too, if nobody else has a filter in it.
+    Remove,
+    /// It stays, to be removed by [`remove_empty_qdisc`] when nothing is sent.
+    Leave,
+}
+
+/// What detaching did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Detached {
+    /// There was no such filter.
+    Nothing,
+    /// The filter is gone, and what was made for it.
+    All,
+    /// The filter is gone; the qdisc made for it is still there.
+    AllButQdisc,
+}
+
 /// Detaches the filter called `name`; false if there was none. The qdisc goes too, if
 /// it was made for this filter and nobody else has one in it.
 ///
 /// # Errors
 /// There is no such interface.
 pub fn detach(name: &str, device: u32, direction: Direction) -> Result<bool, BpfError> {
+    detach_filter(name, device, direction, Qdisc::Remove).map(|what| what != Detached::Nothing)
+}
+
+/// Detaches the filter called `name`.
+pub(super) fn detach_filter(
+    name: &str,
+    device: u32,
+    direction: Direction,
+    qdisc: Qdisc,
+) -> Result<Detached, BpfError> {
     let mut netlink = Netlink::open()?;
     let Some(place) = netlink.find(name, device, direction)? else {
-        return Ok(false);
+        return Ok(Detached::Nothing);
     };
     let mut message = filter_message(device, direction);
     (message.header.handle, message.header.info) = (place.handle, place.info);
@@ -109,9 +152,12 @@ pub fn detach(name: &str, device: u32, direction: Direction) -> Result<bool, Bpf
         },
     )?;
     if place.handle == WITH_OWN_QDISC {
+        if qdisc == Qdisc::Leave {
+            return Ok(Detached::AllButQdisc);
+        }
         netlink.remove_empty_qdisc(device)?;
     }
-    Ok(true)
+    Ok(Detached::All)
 }
 
 /// A message about the clsact qdisc.

@@ -37,6 +37,7 @@ pub use assembler::{
     Alu, AssemblyError, Condition, Helper, Instruction, Label, Operand, Program, R0, R1, R2, R3,
     R4, R5, R6, R7, R8, R9, R10, Register, Width,
 };
+pub use clsact::remove_empty_qdisc;
 pub use filter::UplinkFilter;
 pub use map::{ArrayMap, PerCpuArrayMap};
 pub use programs::{
@@ -47,7 +48,7 @@ pub use programs::{
 pub use syscall::{BpfError, ProgramKind, load};
 pub use tc::{
     Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,
-    move_to_tcx,
+    move_to_tcx, move_to_tcx_leaving_qdisc,
 };
 pub use xdp::{XdpMode, attach_xdp};
 

@@ -13,6 +13,7 @@
 //! where somebody else's qdisc is, and where somebody is about to make one
 //! ([`attach_beside_qdiscs`]).
 
+use super::clsact::{Detached, Qdisc};
 use super::syscall::BpfError;
 use super::{clsact, tcx};
 use std::os::fd::BorrowedFd;
@@ -116,7 +117,9 @@ pub fn is_attached_tc(name: &str, device: u32, direction: Direction) -> Result<b
 }
 
 /// Attaches `program`, loaded as `name`, by TCX, first of all programs, and then takes
-/// away the filter of that name that [`attach_tc`] attached by clsact, if any.
+/// away the filter of that name that [`attach_tc`] attached by clsact, if any, and what
+/// was made for it. Not for a device that frames are being sent to: see
+/// [`move_to_tcx_leaving_qdisc`].
 ///
 /// # Errors
 /// [`BpfError::Unsupported`] before Linux 6.6, [`BpfError::Unidentified`] without
@@ -130,6 +133,23 @@ pub fn move_to_tcx(
     let attached = tcx::attach(program, device, direction)?;
     clsact::detach(name, device, direction)?;
     Ok((Method::Tcx, attached))
+}
+
+/// As [`move_to_tcx`], without losing a frame that is sent to the device. Returns
+/// whether a qdisc of ours is left, to be removed by
+/// [`remove_empty_qdisc`](clsact::remove_empty_qdisc) when nothing is sent.
+///
+/// # Errors
+/// As for [`move_to_tcx`].
+pub fn move_to_tcx_leaving_qdisc(
+    program: BorrowedFd<'_>,
+    name: &str,
+    device: u32,
+    direction: Direction,
+) -> Result<bool, BpfError> {
+    tcx::attach(program, device, direction)?;
+    let detached = clsact::detach_filter(name, device, direction, Qdisc::Leave)?;
+    Ok(detached == Detached::AllButQdisc)
 }
 
 /// Detaches the program called `name` from interface `device`, whatever the method
