@@ -497,3 +497,51 @@ fn top_works_on_a_terminal() {
     terminal.wait_for("still 42");
     fs::remove_file(&socket).unwrap();
 }
+
+/// What only a terminal shows: colours, and that a capture is none of its business.
+#[test]
+#[ignore = "needs tmux"]
+fn colours_are_for_terminals_that_want_them() {
+    let fake = Fake::always(&PortsReply { ports: stats(0).ports });
+    let terminal = Terminal::new(80, 24);
+    let program = env!("CARGO_BIN_EXE_vlanswitchctl");
+    let socket = fake.socket.display();
+    terminal.type_line(&format!("clear; {program} --socket {socket} port list; echo end $?"));
+    terminal.wait_for("end 0");
+    assert!(terminal.coloured_screen().contains("\u{1b}[32mattached"), "{:?}", terminal.screen());
+    terminal
+        .type_line(&format!("clear; NO_COLOR=1 {program} --socket {socket} port list; echo plain"));
+    terminal.wait_until("plain", |screen| screen.lines().any(|line| line == "plain"));
+    assert!(!terminal.coloured_screen().contains("\u{1b}[32m"), "{}", terminal.coloured_screen());
+    terminal.type_line(&format!("clear; {program} --socket {socket} capture; echo end $?"));
+    let screen = terminal.wait_for("end 2");
+    assert!(screen.contains("capture | wireshark -k -i -"), "{screen}");
+}
+
+/// A stop by a signal leaves no terminal behind that nobody can use.
+#[test]
+#[ignore = "needs tmux"]
+fn top_gives_the_terminal_back_when_it_is_stopped() {
+    let fake = Fake::new(|_| {
+        let reply = json!({ "parameters": StatsReply { stats: stats(0) }, "continues": true });
+        Answer::open(fake::message(&reply))
+    });
+    let terminal = Terminal::new(80, 24);
+    let program = env!("CARGO_BIN_EXE_vlanswitchctl");
+    let line = format!(
+        "clear; sh -c 'echo $$ > {0}.id; exec {program} --socket {0} top'; echo status $?",
+        fake.socket.display()
+    );
+    terminal.type_line(&line);
+    terminal.wait_for("uplink eth0 up");
+    assert!(terminal.full_screen());
+    let file = format!("{}.id", fake.socket.display());
+    let id: i32 = fs::read_to_string(&file).unwrap().trim().parse().unwrap();
+    let id = nix::unistd::Pid::from_raw(id);
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+    terminal.wait_for("status 0");
+    assert!(!terminal.full_screen());
+    terminal.type_line("echo still $((40 + 2))");
+    terminal.wait_for("still 42");
+    fs::remove_file(&file).unwrap();
+}

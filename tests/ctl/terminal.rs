@@ -59,6 +59,11 @@ impl Terminal {
         String::from_utf8(self.tmux(&["capture-pane", "-p"]).stdout).unwrap()
     }
 
+    /// The same with its colours.
+    pub fn coloured_screen(&self) -> String {
+        String::from_utf8(self.tmux(&["capture-pane", "-p", "-e"]).stdout).unwrap()
+    }
+
     /// Whether the alternate screen is on, as full-screen programs have it.
     pub fn full_screen(&self) -> bool {
         self.tmux(&["display-message", "-p", "#{alternate_on}"]).stdout == b"1\n"
