@@ -301,6 +301,43 @@ fn help_reads_well() {
 }
 
 #[test]
+fn a_file_is_checked_without_a_switch() {
+    let nowhere = fresh_path("nowhere");
+    let file = fresh_path("file.toml");
+    let name = file.to_str().unwrap();
+    // The host may lack the device: that is a warning.
+    fs::write(&file, "[uplink]\ndevice = \"no-such-uplink\"\n").unwrap();
+    let run = ctl(&nowhere, &["config", "check", name]);
+    assert_eq!(run.status, 0, "{run:?}");
+    assert!(run.out.starts_with(&format!("{name}: ok, uplink no-such-uplink")), "{run:?}");
+    assert!(run.error.contains("WARN") && run.error.contains("no-such-uplink"), "{run:?}");
+    assert_eq!(ctl(&nowhere, &["config", "check", name, "--json"]).out, "{\"valid\":true}\n");
+    fs::write(&file, "[uplink]\ndevice = \"eth0\"\nspeed = 1\n[[port]]\nvlan = 5000\n").unwrap();
+    let run = ctl(&nowhere, &["config", "check", name]);
+    assert_eq!((run.status, run.out.as_str()), (2, ""), "{run:?}");
+    assert!(run.error.starts_with("vlanswitchctl: error: "), "{run:?}");
+    assert!(run.error.contains(&format!("{name}:3")), "the line of `speed`: {run:?}");
+    fs::remove_file(&file).unwrap();
+}
+
+#[test]
+#[ignore = "needs tcpdump"]
+fn a_filter_is_compiled_by_tcpdump() {
+    let fake = Fake::new(|_| Answer::reply(&CaptureReply { pcapng: String::new() }));
+    let run = fake.ctl(&["capture", "-w", "-", "--filter", "arp"]);
+    assert_eq!((run.status, run.out.as_str()), (0, ""), "{run:?}");
+    let arp = "4,40 0 0 12,21 0 1 2054,6 0 0 262144,6 0 0 0";
+    assert_eq!(fake.calls()[0]["parameters"]["filter"], arp);
+    let run = fake.ctl(&["capture", "-w", "-", "--filter", "arp and and"]);
+    assert_eq!(run.status, 2);
+    assert!(
+        run.error.contains("`arp and and` is wrong: ") && run.error.contains("syntax error"),
+        "{run:?}"
+    );
+    assert_eq!(fake.calls().len(), 1, "nothing was asked for");
+}
+
+#[test]
 fn man_pages_of_both_programs_are_written() {
     let nowhere = fresh_path("nowhere");
     let directory = fresh_path("man");
@@ -378,6 +415,7 @@ fn a_refused_capture_leaves_the_file() {
     let fake = Fake::new(|_| Answer::error("org.varlink.service.PermissionDenied", json!({})));
     let run = fake.ctl(&["capture", "-w", path.to_str().unwrap()]);
     assert_eq!(run.status, 1);
+    assert!(run.error.starts_with("vlanswitchctl: error: permission denied"), "{run:?}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "old");
     fs::remove_file(&path).unwrap();
     let fake = Fake::new(|_| Answer::reply(&CaptureReply { pcapng: "no base64!".to_owned() }));

@@ -6,7 +6,6 @@
 
 use crate::arguments::CaptureArguments;
 use crate::context::{Context, Failure, Outcome, written};
-use crate::filter;
 use crate::text::printable;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -14,12 +13,15 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use vlanswitchd::control::api::{CaptureReply, CaptureRequest, Request};
+use vlanswitchd::control::capture::expression;
+use vlanswitchd::control::capture::filter::Instruction;
 use vlanswitchd::control::client::{AnswerError, Client, ClientError, Reply};
 
 const NOT_TO_A_TERMINAL: &str = "\
@@ -32,11 +34,11 @@ pub fn run(context: &Context, arguments: CaptureArguments) -> Outcome {
     if to_file.is_none() && context.terminal && !context.json && arguments.write.is_none() {
         return Err(Failure::Arguments(NOT_TO_A_TERMINAL.to_owned()));
     }
-    let filter = arguments.filter.as_deref().map(filter::compile).transpose();
+    let filter = arguments.filter.as_deref().map(compiled).transpose()?;
     let request = CaptureRequest {
         port: arguments.port,
         drops: arguments.drops.then_some(true),
-        filter: filter.map_err(Failure::Arguments)?,
+        filter,
         snaplen: arguments.snaplen,
         limit: arguments.count,
     };
@@ -47,12 +49,34 @@ pub fn run(context: &Context, arguments: CaptureArguments) -> Outcome {
     // Only now: a refused capture leaves a file of this name as it was.
     let mut sink =
         Sink { output: None, path: to_file, json: context.json, blocks: Blocks::default() };
-    let result = copy(&mut client, &signals, &mut sink);
-    sink.say();
-    match result {
-        Ok(()) | Err(Failure::ReaderGone) => Ok(ExitCode::SUCCESS),
-        Err(failure) => Err(failure),
+    match copy(&mut client, &signals, &mut sink) {
+        Ok(()) | Err(Failure::ReaderGone) => {
+            sink.say();
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(failure) => {
+            if sink.output.is_some() {
+                sink.say();
+            }
+            Err(failure)
+        }
     }
+}
+
+/// The filter as the interface takes it: decimal. An expression is compiled here, by
+/// tcpdump, and not in the daemon; what is decimal already stays as it is.
+fn compiled(filter: &str) -> Result<String, Failure> {
+    if filter.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b' ' | b',' | b'\n')) {
+        return Ok(filter.replace('\n', ","));
+    }
+    let program = expression::compile(filter)
+        .map_err(|error| Failure::Arguments(format!("--filter: {error}; see pcap-filter(7)")))?;
+    let mut text = program.len().to_string();
+    for instruction in program {
+        let Instruction { code, jump_true, jump_false, k } = instruction;
+        text.push_str(&format!(",{code} {jump_true} {jump_false} {k}"));
+    }
+    Ok(text)
 }
 
 /// `uplink` stands for the uplink's device, unless a port is called so.
@@ -156,11 +180,11 @@ impl Sink<'_> {
         };
         let Blocks { frames, bytes, .. } = self.blocks;
         eprintln!("vlanswitchctl: captured {frames} frames, {bytes} bytes, to {place}");
-        if self.blocks.missed > 0 {
+        let missed = self.blocks.missed();
+        if missed > 0 {
             eprintln!(
-                "vlanswitchctl: {} more frames were missed: the reader was too slow; a --filter or \
-                 a smaller --snaplen helps",
-                self.blocks.missed
+                "vlanswitchctl: {missed} more frames were missed: the reader was too slow; a \
+                 --filter or a smaller --snaplen helps"
             );
         }
     }
@@ -184,42 +208,56 @@ fn failed(path: Option<&Path>, error: io::Error) -> Failure {
 }
 
 /// Counts frames in a pcapng stream that comes in pieces
-/// (draft-ietf-opsawg-pcapng: each block starts with its type and length).
+/// (draft-ietf-opsawg-pcapng: each block starts with its type and length, in the byte
+/// order that the section's header tells by a magic number).
 #[derive(Debug, Default)]
 struct Blocks {
     bytes: u64,
     frames: u64,
-    /// By the last interface statistics of each interface.
-    missed: u64,
-    /// By interface.
-    missed_of: std::collections::BTreeMap<u32, u64>,
+    /// The last count of each interface.
+    missed_of: BTreeMap<u32, u64>,
+    big_endian: bool,
     /// The block that has not come whole.
     part: Vec<u8>,
 }
 
 impl Blocks {
+    /// The same in both byte orders.
+    const SECTION_HEADER: u32 = 0x0a0d_0d0a;
+    const BIG_ENDIAN: [u8; 4] = [0x1a, 0x2b, 0x3c, 0x4d];
     const ENHANCED_PACKET: u32 = 6;
     const INTERFACE_STATISTICS: u32 = 5;
     /// `isb_ifdrop`: frames missed for lack of room.
     const IF_DROP: u16 = 5;
     const END_OF_OPTIONS: u16 = 0;
 
+    fn missed(&self) -> u64 {
+        self.missed_of.values().sum()
+    }
+
     fn count(&mut self, bytes: &[u8]) {
         self.bytes += bytes.len() as u64;
         self.part.extend_from_slice(bytes);
-        while let (Some(kind), Some(length)) = (word(&self.part, 0), word(&self.part, 4)) {
+        // The shortest block: type, length, magic or a body, length.
+        while let Some(magic) = four(&self.part, 8) {
+            let kind = self.word(&self.part, 0);
+            if kind == Some(Self::SECTION_HEADER) {
+                self.big_endian = magic == Self::BIG_ENDIAN;
+            }
+            let length = self.word(&self.part, 4).and_then(|length| usize::try_from(length).ok());
             // Shorter than its own header: not pcapng, and no more counting.
-            let Some(length) = usize::try_from(length).ok().filter(|length| *length >= 12) else {
+            let Some(length) = length.filter(|length| *length >= 12) else {
                 self.part.clear();
                 return;
             };
             let Some(block) = self.part.get(..length) else { return };
             match kind {
-                Self::ENHANCED_PACKET => self.frames += 1,
-                Self::INTERFACE_STATISTICS => {
-                    if let (Some(interface), Some(missed)) = (word(block, 8), if_drop(block)) {
+                Some(Self::ENHANCED_PACKET) => self.frames += 1,
+                Some(Self::INTERFACE_STATISTICS) => {
+                    if let (Some(interface), Some(missed)) =
+                        (self.word(block, 8), self.if_drop(block))
+                    {
                         self.missed_of.insert(interface, missed);
-                        self.missed = self.missed_of.values().sum();
                     }
                 }
                 _ => {}
@@ -227,53 +265,82 @@ impl Blocks {
             self.part.drain(..length);
         }
     }
-}
 
-/// The option `isb_ifdrop` of an interface statistics block: its options stand
-/// behind type, length, interface and time.
-fn if_drop(block: &[u8]) -> Option<u64> {
-    let mut options = block.get(20..)?;
-    loop {
-        let (header, rest) = options.split_first_chunk::<4>()?;
-        let [a, b, c, d] = *header;
-        let (code, length) = (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]));
-        match code {
-            Blocks::IF_DROP => return rest.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes)),
-            Blocks::END_OF_OPTIONS => return None,
-            _ => options = rest.get(usize::from(length).next_multiple_of(4)..)?,
+    /// The option `isb_ifdrop` of an interface statistics block: its options stand
+    /// behind type, length, interface and time.
+    fn if_drop(&self, block: &[u8]) -> Option<u64> {
+        let mut options = block.get(20..)?;
+        loop {
+            // Code and length share a word.
+            let word = self.word(options, 0)?.to_be_bytes();
+            let (first, second) = (half(word, 0), half(word, 2));
+            let (code, length) = if self.big_endian { (first, second) } else { (second, first) };
+            let rest = options.get(4..)?;
+            match code {
+                Self::IF_DROP => {
+                    let (a, b) = (u64::from(self.word(rest, 0)?), u64::from(self.word(rest, 4)?));
+                    return Some(if self.big_endian { a << 32 | b } else { b << 32 | a });
+                }
+                Self::END_OF_OPTIONS => return None,
+                _ => options = rest.get(usize::from(length).next_multiple_of(4)..)?,
+            }
         }
+    }
+
+    fn word(&self, bytes: &[u8], offset: usize) -> Option<u32> {
+        let bytes = four(bytes, offset)?;
+        Some(if self.big_endian { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) })
     }
 }
 
-/// A word in this machine's order, in which the switch beside us writes.
-fn word(bytes: &[u8], offset: usize) -> Option<u32> {
-    bytes.get(offset..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+fn four(bytes: &[u8], offset: usize) -> Option<[u8; 4]> {
+    bytes.get(offset..)?.first_chunk().copied()
+}
+
+fn half([a, b, c, d]: [u8; 4], offset: usize) -> u16 {
+    u16::from_be_bytes(if offset == 0 { [a, b] } else { [c, d] })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn block(kind: u32, body: &[u8]) -> Vec<u8> {
-        let length = (12 + body.len()) as u32;
-        let parts = [&kind.to_ne_bytes(), &length.to_ne_bytes(), body, &length.to_ne_bytes()[..]];
-        parts.concat()
+    /// A file of two frames and 77 missed, made by hand.
+    fn file(big_endian: bool) -> Vec<u8> {
+        let two =
+            |number: u16| if big_endian { number.to_be_bytes() } else { number.to_le_bytes() };
+        let word =
+            |number: u32| if big_endian { number.to_be_bytes() } else { number.to_le_bytes() };
+        let long =
+            |number: u64| if big_endian { number.to_be_bytes() } else { number.to_le_bytes() };
+        let block = |kind: u32, body: &[u8]| -> Vec<u8> {
+            let length = word(12 + body.len() as u32);
+            [&word(kind)[..], &length, body, &length].concat()
+        };
+        let section = [&word(0x1a2b_3c4d)[..], &two(1), &two(0), &[0xff; 8]].concat();
+        let mut statistics = [&word(1)[..], &[0; 8]].concat();
+        statistics.extend([&two(3)[..], &two(3), &[1, 2, 3, 0]].concat());
+        statistics.extend([&two(5)[..], &two(8), &long(77)].concat());
+        [
+            block(0x0a0d_0d0a, &section),
+            block(1, &[0; 8]),
+            block(6, &[0; 40]),
+            block(5, &statistics),
+            block(6, &[0; 20]),
+        ]
+        .concat()
     }
 
     #[test]
-    fn blocks_are_counted_in_whatever_pieces() {
-        let mut body = [0u8; 12].to_vec();
-        body.extend([3u16.to_ne_bytes(), 3u16.to_ne_bytes()].concat());
-        body.extend([1, 2, 3, 0]);
-        body.extend([5u16.to_ne_bytes(), 8u16.to_ne_bytes()].concat());
-        body.extend(77u64.to_ne_bytes());
-        let file = [block(1, &[0; 8]), block(6, &[0; 40]), block(5, &body), block(6, &[0; 20])];
-        let file = file.concat();
-        for piece in [1, 3, 7, 64, file.len()] {
-            let mut blocks = Blocks::default();
-            file.chunks(piece).for_each(|bytes| blocks.count(bytes));
-            assert_eq!((blocks.frames, blocks.missed), (2, 77));
-            assert_eq!(blocks.bytes, file.len() as u64);
+    fn blocks_are_counted_in_whatever_pieces_and_byte_order() {
+        for big_endian in [false, true] {
+            let file = file(big_endian);
+            for piece in [1, 3, 7, 64, file.len()] {
+                let mut blocks = Blocks::default();
+                file.chunks(piece).for_each(|bytes| blocks.count(bytes));
+                assert_eq!((blocks.frames, blocks.missed()), (2, 77), "{piece}");
+                assert_eq!(blocks.bytes, file.len() as u64);
+            }
         }
         let mut blocks = Blocks::default();
         blocks.count(&[0; 64]);

@@ -3,10 +3,13 @@
 use crate::arguments::ConfigCommand;
 use crate::context::{Context, Failure, Outcome};
 use crate::text::fold;
-use std::ffi::OsString;
+use clap::Parser;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
 use vlanswitchd::control::api::{ConfigReply, ReloadReply, Request};
+use vlanswitchd::control::cli;
+use vlanswitchd::control::config::check;
 
 pub fn run(context: &Context, command: ConfigCommand) -> Outcome {
     match command {
@@ -35,30 +38,31 @@ fn reload(context: &Context, dry_run: bool) -> Result<(), Failure> {
         text.push_str(&fold(verb, &devices.join(" ")));
     }
     if text.is_empty() {
-        text.push_str("the file says what is running already\n");
+        text.push_str("nothing to change\n");
     }
     context.print(&text)?;
     context.print_notes(&reply.notes);
     Ok(())
 }
 
-/// Has the daemon's program check a file: it is the one that will read it.
+/// Checks a file as `vlanswitchd --check` does, on this host.
 fn check(context: &Context, file: &Path) -> Result<(), Failure> {
-    let beside = std::env::current_exe().ok().map(|path| path.with_file_name("vlanswitchd"));
-    let program = beside
-        .filter(|path| path.exists())
-        .map_or_else(|| OsString::from("vlanswitchd"), std::path::PathBuf::into_os_string);
-    let output = Command::new(&program).arg("--check").arg("--config").arg(file).output();
-    let output = output.map_err(|error| {
-        Failure::Message(format!("{}: {error}; is it installed?", program.display()))
-    })?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said = said.trim_end().trim_start_matches("vlanswitchd: error: ");
-        return Err(Failure::Arguments(said.to_owned()));
+    // Its warnings come as log events.
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).without_time();
+    log.with_target(false).with_ansi(false).with_max_level(LevelFilter::WARN).init();
+    let words = ["vlanswitchd".as_ref(), "--check".as_ref(), "--config".as_ref(), file.as_os_str()];
+    let arguments = cli::Arguments::try_parse_from(words)
+        .map_err(|error| Failure::Arguments(error.to_string()))?;
+    let config = cli::Config::load(arguments).map_err(|errors| lines(&errors.0))?;
+    let line = check::host(&config).map_err(|errors| lines(&errors))?;
+    match context.json {
+        true => context.print("{\"valid\":true}\n"),
+        false => context.print(&format!("{line}\n")),
     }
-    if context.json {
-        return context.print("{\"valid\":true}\n");
-    }
-    context.print(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// All that is wrong, a line each.
+fn lines(errors: &[impl ToString]) -> Failure {
+    let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    Failure::Arguments(lines.join("\n"))
 }

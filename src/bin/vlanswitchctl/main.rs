@@ -6,7 +6,7 @@
 //! | `arguments` | the command line |
 //! | `context` | the call, the printing, the exit status |
 //! | `status`, `ports`, `stats`, `drops`, `monitor`, `doctor`, `config` | the commands |
-//! | `capture`, `filter` | frames for Wireshark |
+//! | `capture` | frames for Wireshark |
 //! | `rates` | two readings of the counters and the time between them |
 //! | `top` | the full-screen view |
 //! | `generate` | completions and man pages |
@@ -18,7 +18,6 @@ mod config;
 mod context;
 mod doctor;
 mod drops;
-mod filter;
 mod generate;
 mod monitor;
 mod ports;

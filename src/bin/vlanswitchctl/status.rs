@@ -42,14 +42,10 @@ fn describe(status: &Status, colours: bool) -> String {
     text.push_str(&fold("load        ", &format!("{} of the last second", loads.join(", "))));
     text.push_str(&fold("datapath    ", &status.datapath));
     text.push_str(&fold("file        ", config));
-    text.push_str(&fold(
-        "cutting     ",
-        &format!(
-            "large frames are cut to the wire's size by {}, those of UDP by {}",
-            answer(status.kernel_segments_tagged),
-            answer(status.kernel_segments_udp)
-        ),
-    ));
+    let (tagged, udp) = (answer(status.kernel_segments_tagged), answer(status.kernel_segments_udp));
+    let but = if tagged == udp { String::new() } else { format!(", those of UDP by {udp}") };
+    let cutting = format!("large frames are cut to the wire's size by {tagged}{but}");
+    text.push_str(&fold("cutting     ", &cutting));
     text.push_str(&fold(
         "clients     ",
         &format!("{} on the control socket, {} capturing", status.clients, status.captures),
