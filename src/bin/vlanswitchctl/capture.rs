@@ -214,7 +214,8 @@ fn failed(path: Option<&Path>, error: io::Error) -> Failure {
 struct Blocks {
     bytes: u64,
     frames: u64,
-    /// The last count of each interface.
+    /// By interface: what its frames' counts of missed ones before them add up to, and
+    /// in the end what its statistics say. A capture that we end has no statistics.
     missed_of: BTreeMap<u32, u64>,
     big_endian: bool,
     /// The block that has not come whole.
@@ -227,7 +228,9 @@ impl Blocks {
     const BIG_ENDIAN: [u8; 4] = [0x1a, 0x2b, 0x3c, 0x4d];
     const ENHANCED_PACKET: u32 = 6;
     const INTERFACE_STATISTICS: u32 = 5;
-    /// `isb_ifdrop`: frames missed for lack of room.
+    /// `epb_dropcount`: frames missed since the one before.
+    const DROP_COUNT: u16 = 4;
+    /// `isb_ifdrop`: frames missed in all.
     const IF_DROP: u16 = 5;
     const END_OF_OPTIONS: u16 = 0;
 
@@ -252,11 +255,14 @@ impl Blocks {
             };
             let Some(block) = self.part.get(..length) else { return };
             match kind {
-                Some(Self::ENHANCED_PACKET) => self.frames += 1,
+                Some(Self::ENHANCED_PACKET) => {
+                    self.frames += 1;
+                    if let Some((interface, missed)) = self.missed_before(block) {
+                        *self.missed_of.entry(interface).or_default() += missed;
+                    }
+                }
                 Some(Self::INTERFACE_STATISTICS) => {
-                    if let (Some(interface), Some(missed)) =
-                        (self.word(block, 8), self.if_drop(block))
-                    {
+                    if let Some((interface, missed)) = self.missed_in_all(block) {
                         self.missed_of.insert(interface, missed);
                     }
                 }
@@ -266,10 +272,21 @@ impl Blocks {
         }
     }
 
-    /// The option `isb_ifdrop` of an interface statistics block: its options stand
-    /// behind type, length, interface and time.
-    fn if_drop(&self, block: &[u8]) -> Option<u64> {
-        let mut options = block.get(20..)?;
+    /// Of an enhanced packet block: interface, time, lengths and the frame stand before
+    /// its options.
+    fn missed_before(&self, block: &[u8]) -> Option<(u32, u64)> {
+        let captured = usize::try_from(self.word(block, 20)?).ok()?;
+        let options = block.get(28..)?.get(captured.checked_next_multiple_of(4)?..)?;
+        Some((self.word(block, 8)?, self.option(options, Self::DROP_COUNT)?))
+    }
+
+    /// Of an interface statistics block: interface and time stand before its options.
+    fn missed_in_all(&self, block: &[u8]) -> Option<(u32, u64)> {
+        Some((self.word(block, 8)?, self.option(block.get(20..)?, Self::IF_DROP)?))
+    }
+
+    /// An option of eight bytes, a number.
+    fn option(&self, mut options: &[u8], wanted: u16) -> Option<u64> {
         loop {
             // Code and length share a word.
             let word = self.word(options, 0)?.to_be_bytes();
@@ -277,7 +294,7 @@ impl Blocks {
             let (code, length) = if self.big_endian { (first, second) } else { (second, first) };
             let rest = options.get(4..)?;
             match code {
-                Self::IF_DROP => {
+                code if code == wanted => {
                     let (a, b) = (u64::from(self.word(rest, 0)?), u64::from(self.word(rest, 4)?));
                     return Some(if self.big_endian { a << 32 | b } else { b << 32 | a });
                 }
@@ -305,7 +322,7 @@ fn half([a, b, c, d]: [u8; 4], offset: usize) -> u16 {
 mod tests {
     use super::*;
 
-    /// A file of two frames and 77 missed, made by hand.
+    /// A file of two frames and 77 + 3 missed, made by hand.
     fn file(big_endian: bool) -> Vec<u8> {
         let two =
             |number: u16| if big_endian { number.to_be_bytes() } else { number.to_le_bytes() };
@@ -318,13 +335,16 @@ mod tests {
             [&word(kind)[..], &length, body, &length].concat()
         };
         let section = [&word(0x1a2b_3c4d)[..], &two(1), &two(0), &[0xff; 8]].concat();
+        // On interface 2, 5 bytes with padding, and 3 missed before it.
+        let mut frame = [&word(2)[..], &[0; 8], &word(5), &word(60), &[0xff; 8]].concat();
+        frame.extend([&two(4)[..], &two(8), &long(3), &[0; 4]].concat());
         let mut statistics = [&word(1)[..], &[0; 8]].concat();
         statistics.extend([&two(3)[..], &two(3), &[1, 2, 3, 0]].concat());
         statistics.extend([&two(5)[..], &two(8), &long(77)].concat());
         [
             block(0x0a0d_0d0a, &section),
             block(1, &[0; 8]),
-            block(6, &[0; 40]),
+            block(6, &frame),
             block(5, &statistics),
             block(6, &[0; 20]),
         ]
@@ -338,7 +358,7 @@ mod tests {
             for piece in [1, 3, 7, 64, file.len()] {
                 let mut blocks = Blocks::default();
                 file.chunks(piece).for_each(|bytes| blocks.count(bytes));
-                assert_eq!((blocks.frames, blocks.missed()), (2, 77), "{piece}");
+                assert_eq!((blocks.frames, blocks.missed()), (2, 80), "{piece}");
                 assert_eq!(blocks.bytes, file.len() as u64);
             }
         }
