@@ -28,6 +28,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 use terminal::Terminal;
 use unicode_width::UnicodeWidthStr;
 use vlanswitchd::control::api::*;
@@ -423,6 +424,19 @@ fn a_refused_capture_leaves_the_file() {
     assert!(run.status == 1 && run.error.contains("not base64"), "{run:?}");
 }
 
+/// What a program came to that should end now.
+fn ended(mut child: std::process::Child) -> Run {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("it goes on: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Run::from(child.wait_with_output().unwrap())
+}
+
 /// A capture that has written its first frames and waits for more.
 fn endless_capture() -> (Fake, std::process::Child) {
     let fake = Fake::new(|_| {
@@ -442,7 +456,7 @@ fn a_signal_ends_a_capture_quietly() {
     let (_fake, child) = endless_capture();
     let id = nix::unistd::Pid::from_raw(child.id() as i32);
     nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGINT).unwrap();
-    let run = Run::from(child.wait_with_output().unwrap());
+    let run = ended(child);
     assert_eq!(run.status, 0);
     let place = "captured 2 frames, ";
     assert!(run.error.starts_with(&format!("vlanswitchctl: {place}")), "{run:?}");
@@ -454,7 +468,7 @@ fn a_signal_ends_a_capture_quietly() {
 fn a_closed_pipe_ends_a_capture_quietly() {
     let (_fake, mut child) = endless_capture();
     drop(child.stdout.take());
-    let run = Run::from(child.wait_with_output().unwrap());
+    let run = ended(child);
     assert_eq!(run.status, 0);
     assert_eq!(run.error.lines().count(), 1, "{run:?}");
 }
@@ -467,7 +481,7 @@ fn a_closed_pipe_ends_a_stream_quietly() {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     child.stdout.as_mut().unwrap().read_exact(&mut [0; 10]).unwrap();
     drop(child.stdout.take());
-    let run = Run::from(child.wait_with_output().unwrap());
+    let run = ended(child);
     assert_eq!((run.status, run.error.as_str()), (0, ""), "{run:?}");
 }
 
