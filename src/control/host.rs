@@ -25,6 +25,7 @@ use crate::sys::bpf::{
 use crate::sys::ethtool::{self, EthtoolError, Features};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::{debug, warn};
 
@@ -36,6 +37,9 @@ const TAP_KIND: &str = "tun";
 const TAP_MTU: u32 = 65521;
 /// Name of the program that seals a device.
 const SEAL_NAME: &str = "vlansw_seal";
+/// How long a port's queueing is left alone after a change around it: who removed it
+/// may be about to add his own, and would find ours in the way.
+const REQUEUE_DELAY: Duration = Duration::from_secs(5);
 /// Features of an uplink that lose frames: LRO merges what cannot be split again,
 /// and a VLAN filter drops VLANs that have no VLAN device.
 const HARMFUL_FEATURES: [&str; 2] = ["large-receive-offload", "rx-vlan-filter"];
@@ -121,6 +125,8 @@ impl FoundUplink {
 pub struct Host {
     links: LinkSocket,
     seal: OwnedFd,
+    /// Ports around which something was changed, and when.
+    disturbed: Vec<(u32, Instant)>,
 }
 
 impl Host {
@@ -130,7 +136,7 @@ impl Host {
     /// [`HostError`] without capabilities or BPF.
     pub fn new() -> Result<Self, HostError> {
         let seal = bpf::load(ProgramKind::SchedCls, SEAL_NAME, &seal_program()?)?;
-        Ok(Self { links: LinkSocket::new()?, seal })
+        Ok(Self { links: LinkSocket::new()?, seal, disturbed: Vec::new() })
     }
 
     /// Makes a device a port, all but up. Returns what to put back, unless it is
@@ -228,6 +234,8 @@ impl Host {
     /// and adds an ingress qdisc next, which a clsact qdisc of ours would refuse.
     /// Returns what people should know.
     pub fn keep_sealed(&mut self, name: &str, index: u32, cause: &str) -> Option<String> {
+        self.disturbed.retain(|(other, _)| *other != index);
+        self.disturbed.push((index, Instant::now()));
         let again = match is_attached_tc(SEAL_NAME, index, Direction::Ingress) {
             Ok(true) => {
                 self.settle_seal(index, false);
@@ -251,6 +259,26 @@ impl Host {
                 "{name}: {cause}, and its seal cannot be put back: the guest's frames may reach the \
                  host: {error}; `ip link set {name} down` stops them"
             )),
+        }
+    }
+
+    /// Takes the kernel's default queueing from taps that got it back when somebody
+    /// removed his: it would hide from us what a full guest queue drops. What somebody
+    /// has set stays. To be called now and then.
+    pub fn restore_queueing(&mut self) {
+        let (due, rest) = std::mem::take(&mut self.disturbed)
+            .into_iter()
+            .partition(|(_, since)| since.elapsed() >= REQUEUE_DELAY);
+        self.disturbed = rest;
+        for (index, _) in due {
+            let link = self.links.link(index);
+            if !link.is_ok_and(|link| link.kind.as_deref() == Some(TAP_KIND)) {
+                continue;
+            }
+            match self.links.replace_default_root_qdisc(index) {
+                Err(error) if !error.is_device_gone() => warn!("{error}"),
+                _ => {}
+            }
         }
     }
 

@@ -13,6 +13,8 @@ from tap import ETHER_TYPE, TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, Tap, experiment
 
 TAP, OTHER = "tap-web1", "tap-other"
 LIFETIMES, FLIPS = 30, 200
+# What a tap holds for its guest (TUN_READQ_SIZE, drivers/net/tun.c).
+TAP_QUEUE = 1000
 
 
 class TapsThatAppear(Checks):
@@ -178,6 +180,26 @@ class Seals(Checks):
                 with listening_host(self.lab) as ear:
                     tap.send(datagram_to_host(b"no port"))
                     eventually("the host hears a tap that was given back", lambda: heard(ear))
+
+    def test_queueing_that_is_removed_is_put_back(self):
+        """With the kernel's default queueing a full guest queue would drop uncounted."""
+        daemon = self.serve("--map", f"101={TAP}", taps=[TAP])
+        tap = Tap(self.lab.host, TAP)
+        self.addCleanup(tap.close)
+        daemon.attached(TAP)
+        root = lambda: self.tc(f"qdisc show dev {TAP} root")
+        self.assertIn("noqueue", root())
+        self.tc(f"qdisc del dev {TAP} root")
+        self.assertNotIn("noqueue", root())
+        # The report also has the daemon look at the clock.
+        eventually("it is noqueue again", lambda: daemon.port(TAP) and "noqueue" in root())
+        before = daemon.port(TAP)["to_guest"]
+        self.lab.far.call("send_frame", device="v101", frame=experiment("0200000000a1"), seconds=1)
+        eventually("a full queue is told", lambda: daemon.port(TAP)["to_guest"]["drops"].get("guest_queue_full"))
+        after = daemon.port(TAP)["to_guest"]
+        self.assertLessEqual(after["out_frames"] - before["out_frames"], TAP_QUEUE)
+        self.tc(f"qdisc replace dev {TAP} root pfifo")
+        self.assertIn("pfifo", root())
 
     def tc(self, words):
         return run("tc", "-netns", self.lab.host.name, *words.split())

@@ -206,6 +206,7 @@ impl Daemon {
                 self.tick(now);
                 self.take_notices();
                 self.end_captures();
+                self.host.restore_queueing();
                 next_tick = now + TICK;
             }
             if events.is_empty()

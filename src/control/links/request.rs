@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_DONE,
-    NLMSG_ERROR, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressMessage;
@@ -31,6 +31,8 @@ use super::wire::{self, LinkReport, Message};
 /// longer only while another process holds its network lock (rtnl), for example
 /// to delete thousands of devices.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The queueing discipline of a port: none.
+const NOQUEUE: &str = "noqueue";
 /// The largest datagram taken, in bytes: above the 32 KiB a dump part has at most
 /// (`netlink_dump`, net/netlink/af_netlink.c).
 pub(super) const DATAGRAM_CAPACITY: usize = 64 * 1024;
@@ -213,7 +215,6 @@ impl LinkSocket {
     /// straight to the driver, and its refusal comes back to the sender. Leaves a
     /// device alone that has it already, so that a restart disturbs no traffic.
     pub fn set_root_qdisc_noqueue(&mut self, index: u32) -> Result<(), LinkError> {
-        const NOQUEUE: &str = "noqueue";
         if self.root_qdisc_kind(index)?.as_deref() == Some(NOQUEUE) {
             return Ok(());
         }
@@ -233,6 +234,23 @@ impl LinkSocket {
             asked: "the root qdisc noqueue".into(),
             found: format!("the root qdisc {}", found.as_deref().unwrap_or("none")),
         })
+    }
+
+    /// Sets the root queueing discipline `noqueue` where the device has the kernel's
+    /// default; false where somebody has set one.
+    pub fn replace_default_root_qdisc(&mut self, index: u32) -> Result<bool, LinkError> {
+        let mut message = root_qdisc(index);
+        message.attributes.push(TcAttribute::Kind(NOQUEUE.into()));
+        let request = RouteNetlinkMessage::NewQueueDiscipline(message);
+        // To the kernel a default one, with handle 0, is none (`tc_modify_qdisc`,
+        // net/sched/sch_api.c).
+        match self.acknowledged(request, NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(()) => Ok(true),
+            Err(failure) if failure.reason.raw_os_error() == Some(Errno::EEXIST as i32) => {
+                Ok(false)
+            }
+            Err(failure) => Err(self.refused(index, "set the root qdisc noqueue".into(), failure)),
+        }
     }
 
     /// The kind of the device's root queueing discipline (`pfifo_fast`,
