@@ -176,14 +176,19 @@ def unwatch(name):
 
 
 def send_frame(device, frame, seconds=0):
-    """Sends a frame, given in hexadecimal, once or for so long; returns how often."""
+    """Sends a frame, given in hexadecimal, once, or until `enough` is said; returns how often."""
     sent, end = 0, time.monotonic() + seconds
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
         raw.bind((device, 0))
-        while not sent or time.monotonic() < end:
+        while not sent or time.monotonic() < end and not kept.pop("enough", False):
             raw.send(bytes.fromhex(frame))
             sent += 1
     return sent
+
+
+def enough():
+    """Ends a `send_frame`."""
+    kept["enough"] = True
 
 
 def tcp_listen(name, address, port):

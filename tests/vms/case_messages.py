@@ -156,6 +156,8 @@ class QemuWithoutPrivileges(Checks):
 
     def test_as_owner(self):
         self.assertIn("owner=qemu-user", documents.maps(QEMU)[0])
+        # As documented, to the letter.
+        self.assertIn(" ".join(tap_devices(TAP, "e1000")[:2]), documents.section(QEMU))
         self.boots(f"owner={USER}", without_privileges())
 
     def test_as_a_member_of_the_group(self):
