@@ -81,14 +81,23 @@ impl TapOptions {
     }
 }
 
+fn driver_cure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "run as root, or let everybody open it: `chmod 666 /dev/net/tun`"
+        }
+        _ => "load the driver with `modprobe tun`",
+    }
+}
+
 /// Why a tap cannot be had. The texts say what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// Not a name for a network interface.
     #[error("tap name {0:?}: use 1 to 15 bytes without '/', ':' or white space")]
     Name(String),
-    /// The driver is missing.
-    #[error("cannot open {DEVICE}: {0}; load the driver with `modprobe tun`")]
+    /// The driver is missing, or not for this user to open.
+    #[error("cannot open {DEVICE}: {0}; {cure}", cure = driver_cure(.0))]
     NoDriver(#[source] io::Error),
     /// [`create`] never changes an interface that is there.
     #[error("cannot create tap {0}: an interface of that name exists")]
@@ -443,6 +452,17 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+
+    #[test]
+    fn a_driver_that_cannot_be_opened_comes_with_the_right_cure() {
+        let says = |errno: i32, cure: &str| {
+            let error = TapError::NoDriver(io::Error::from_raw_os_error(errno)).to_string();
+            assert!(error.contains("/dev/net/tun") && error.ends_with(cure), "{error}");
+        };
+        says(libc::ENOENT, "`modprobe tun`");
+        says(libc::ENODEV, "`modprobe tun`");
+        says(libc::EACCES, "`chmod 666 /dev/net/tun`");
+    }
 
     #[test]
     fn names_are_checked_before_the_kernel_sees_them() {
