@@ -11,7 +11,7 @@ use crate::control::api::{
 use crate::control::checks;
 use crate::control::config::persist;
 use crate::control::config::show;
-use crate::control::mapping::{self, PortConfig};
+use crate::control::mapping::{self, Origin, PortConfig};
 use crate::control::report::{Report, port_state, unmapped};
 use crate::control::server::{ClientId, Refusal, Wish};
 use crate::dataplane::FlowSnapshot;
@@ -138,7 +138,10 @@ impl Daemon {
         let old = self.configured(name)?;
         let changes: Vec<(String, String)> =
             changes.into_iter().map(|change| (change.key, change.value)).collect();
-        let config = old.with_changes(&changes, self.config.tpid).map_err(Refusal::refused)?;
+        let mut config = old.with_changes(&changes, self.config.tpid).map_err(Refusal::refused)?;
+        if matches!(config.origin, Origin::Control(_)) {
+            config.origin = Origin::Control(config.to_map(self.config.tpid));
+        }
         let mut ports = self.config.ports.clone();
         if let Some(place) = ports.iter_mut().find(|port| port.device == config.device) {
             *place = config.clone();

@@ -185,8 +185,11 @@ impl Daemon {
         let order = new.ports.iter().filter_map(|config| self.ports.by_device(&config.device));
         let order = order.map(|(position, _)| position).collect();
         self.ports.set_order(order);
+        let needed = checks::required_mtu(&self.config.ports);
         self.config = new;
-        self.raise_uplink_mtu();
+        if checks::required_mtu(&self.config.ports) != needed {
+            self.raise_uplink_mtu();
+        }
         // Carrier and state may have changed through what was set just now.
         self.follow_links();
         Ok(notes)
