@@ -85,8 +85,13 @@ mod tests {
             found.push((name.to_owned(), command.clone()));
         }
         let mut found = Vec::new();
-        walk("vlanswitchctl", &Arguments::command(), &mut found);
-        walk("vlanswitchd", &cli::Arguments::command(), &mut found);
+        for (name, mut command) in
+            [("vlanswitchctl", Arguments::command()), ("vlanswitchd", cli::Arguments::command())]
+        {
+            // Global options are then every command's.
+            command.build();
+            walk(name, &command, &mut found);
+        }
         found
     }
 
