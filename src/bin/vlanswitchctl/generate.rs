@@ -72,7 +72,7 @@ fn add_pages(name: &str, command: Command, pages: &mut Vec<(String, String)>) ->
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
     use super::*;
     use clap::ValueEnum;
 
@@ -111,9 +111,13 @@ mod tests {
                 if let Some(short) = argument.get_short() {
                     assert!(page.contains(&format!("-{short}")), "{file}: no -{short}");
                 }
-                let help =
-                    argument.get_help().unwrap_or_else(|| panic!("{file}: {argument} has no help"));
-                let start: String = help.to_string().chars().take(20).collect();
+                // clap words its own help differently on each kind of page.
+                if argument.get_id() == "help" {
+                    continue;
+                }
+                let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+                assert!(!help.is_empty(), "{file}: {argument} has no help");
+                let start: String = help.chars().take(20).collect();
                 assert!(page.contains(&start), "{file}: no '{start}'");
             }
         }
