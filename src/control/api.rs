@@ -36,7 +36,19 @@ pub struct Flow {
 impl Flow {
     /// All drops.
     pub fn dropped(&self) -> u64 {
-        self.drops.values().sum()
+        self.drops.values().fold(0, |sum, frames| sum.saturating_add(*frames))
+    }
+
+    /// Counts another flow's frames too.
+    pub fn add(&mut self, other: Self) {
+        self.in_frames += other.in_frames;
+        self.in_bytes += other.in_bytes;
+        self.split_frames += other.split_frames;
+        self.out_frames += other.out_frames;
+        self.out_bytes += other.out_bytes;
+        for (reason, frames) in other.drops {
+            *self.drops.entry(reason).or_default() += frames;
+        }
     }
 }
 
@@ -76,6 +88,16 @@ pub struct Port {
     pub datapath: String,
     /// The highest fill of its receive ring over the last second, 0 to 1.
     pub ring_peak: f64,
+    /// Guest to uplink.
+    pub from_guest: Flow,
+    /// Uplink to guest.
+    pub to_guest: Flow,
+}
+
+/// The counters of ports that were removed, in all: what the uplink's counters hold
+/// and no port's do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
     /// Guest to uplink.
     pub from_guest: Flow,
     /// Uplink to guest.
@@ -168,6 +190,9 @@ pub struct Stats {
     pub uplink: Uplink,
     /// The ports, in the order of the configuration.
     pub ports: Vec<Port>,
+    /// Ports removed meanwhile, if there were any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removed: Option<Removed>,
     /// VLANs nobody mapped.
     pub unmapped: Vec<Unmapped>,
     /// The workers.

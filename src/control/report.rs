@@ -5,7 +5,7 @@ mod sheet;
 
 pub use sheet::{COLUMNS, Sheet, Tone, columns_of, printable};
 
-use crate::control::api::{Flow, Sent, Stats, Unmapped};
+use crate::control::api::{Flow, Removed, Sent, Stats, Unmapped};
 use crate::dataplane::FlowSnapshot;
 use crate::frame::Tpid;
 use crate::port::DeviceState;
@@ -20,6 +20,9 @@ pub struct Report {
     pub uplink: UplinkReport,
     /// The ports, in the order of the maps.
     pub ports: Vec<PortReport>,
+    /// Ports removed meanwhile, if there were any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub removed: Option<Removed>,
     /// Tagged frames on the uplink that no port claims, left to the host.
     pub unmapped: Vec<Unmapped>,
 }
@@ -87,7 +90,7 @@ impl From<Stats> for Report {
             from_wire: stats.uplink.from_wire,
             to_wire: stats.uplink.to_wire,
         };
-        Self::new(uplink, ports.collect(), stats.unmapped)
+        Self { removed: stats.removed, ..Self::new(uplink, ports.collect(), stats.unmapped) }
     }
 }
 
@@ -108,7 +111,7 @@ pub fn port_state(state: DeviceState) -> &'static str {
 impl Report {
     /// A report of these parts.
     pub fn new(uplink: UplinkReport, ports: Vec<PortReport>, unmapped: Vec<Unmapped>) -> Self {
-        Self { event: "summary", uplink, ports, unmapped }
+        Self { event: "summary", uplink, ports, removed: None, unmapped }
     }
 
     /// One JSON object on one line.

@@ -67,6 +67,7 @@ pub fn stats(time: u64) -> Stats {
             port("tap-fw", "200-210,300", "no_carrier"),
             port("tap-db", "103", "absent"),
         ],
+        removed: None,
         unmapped: vec![Unmapped { tpid: "0x8100".to_owned(), vid: 4000, frames: 9 }],
         workers: vec![Worker { load: 0.34 }],
     }

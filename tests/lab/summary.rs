@@ -106,6 +106,8 @@ pub struct Summary {
     pub to_wire: Flow,
     /// Ports in the order of the maps.
     pub ports: Vec<Port>,
+    /// Ports removed meanwhile, in all, as one.
+    pub removed: Option<Port>,
     /// Frames of VLANs nobody mapped, by (TPID, VID).
     pub unmapped: BTreeMap<(u16, u16), u64>,
 }
@@ -132,6 +134,12 @@ impl Summary {
                     to_guest: Flow::read(&port["to_guest"]),
                 })
                 .collect(),
+            removed: value.get("removed").map(|removed| Port {
+                name: "removed".to_owned(),
+                state: String::new(),
+                from_guest: Flow::read(&removed["from_guest"]),
+                to_guest: Flow::read(&removed["to_guest"]),
+            }),
             unmapped: unmapped
                 .map(|entry| {
                     let tpid = text(entry, "tpid");
@@ -153,13 +161,14 @@ impl Summary {
     /// the flows (what the wire's side hands over, the ports' side receives).
     pub fn assert_conserved(&self) {
         self.from_wire.assert_conserved("uplink, from the wire");
-        for port in &self.ports {
+        let ports = || self.ports.iter().chain(&self.removed);
+        for port in ports() {
             port.from_guest.assert_conserved(&format!("{}, from the guest", port.name));
             port.to_guest.assert_conserved(&format!("{}, to the guest", port.name));
         }
-        let handed_over: u64 = self.ports.iter().map(|port| port.to_guest.in_frames).sum();
+        let handed_over: u64 = ports().map(|port| port.to_guest.in_frames).sum();
         assert_eq!(self.from_wire.out_frames, handed_over, "wire to ports: {self:?}");
-        let sent: u64 = self.ports.iter().map(|port| port.from_guest.out_frames).sum();
+        let sent: u64 = ports().map(|port| port.from_guest.out_frames).sum();
         assert_eq!(sent, self.to_wire.out_frames, "ports to wire: {self:?}");
     }
 }

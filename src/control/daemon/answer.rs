@@ -233,7 +233,10 @@ impl Daemon {
     fn show_uplink(&self, ports: &[api::Port]) -> api::Uplink {
         let index = self.uplink.attached.as_ref().map(|(index, ..)| *index);
         let link = index.and_then(|index| self.monitor.links().by_index(index));
-        let sent = |of: fn(&api::Flow) -> u64| ports.iter().map(|port| of(&port.from_guest)).sum();
+        let removed = self.retired.as_ref().map(|removed| &removed.from_guest);
+        let sent = |of: fn(&api::Flow) -> u64| {
+            ports.iter().map(|port| &port.from_guest).chain(removed).map(of).sum()
+        };
         let (frames, bytes): (u64, u64) =
             (sent(|flow| flow.out_frames), sent(|flow| flow.out_bytes));
         api::Uplink {
@@ -245,10 +248,7 @@ impl Daemon {
             mtu_needed: checks::required_mtu(&self.config.ports),
             ring_peak: self.uplink.watched.ring_peak,
             from_wire: self.uplink.shared.from_wire.snapshot().into(),
-            to_wire: Sent {
-                out_frames: frames + self.retired.out_frames,
-                out_bytes: bytes + self.retired.out_bytes,
-            },
+            to_wire: Sent { out_frames: frames, out_bytes: bytes },
         }
     }
 
@@ -273,6 +273,7 @@ impl Daemon {
             time: wall_clock(),
             uplink: self.show_uplink(&ports),
             ports,
+            removed: self.retired.clone(),
             unmapped: self.unmapped(),
             workers: self.workers(),
         }

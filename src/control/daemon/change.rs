@@ -1,11 +1,11 @@
 //! Becoming another configuration while forwarding.
 //!
 //! All or nothing: what is new is checked, made ready and opened first, and undone if
-//! any of it fails. Then the worker takes the new table between two bursts, so a VLAN
-//! that moves from one port to another has exactly one of them at any time. VLANs are
-//! let go of before and claimed after that, so that no frame meets a table without a
-//! place for it. Last, what is no longer needed is drained and given back. Ports that
-//! stay are not touched.
+//! any of it fails. Then the worker drains what is to go, and takes the new table, all
+//! between two bursts, so a VLAN that moves from one port to another has exactly one of
+//! them at any time. VLANs are let go of before and claimed after that, so that no frame
+//! meets a table without a place for it. Last, what went is given back. Ports that stay
+//! are not touched.
 
 use super::Daemon;
 use super::ports::Port;
@@ -164,11 +164,18 @@ impl Daemon {
         }
         let before = std::mem::replace(&mut self.claims, Claims::of(&table));
         self.claim(&before, &self.claims, false);
+        // One after the other in one go of the worker: what guests that go have sent
+        // still goes by the old table, and nobody is without a port in between.
+        for position in &removed {
+            self.command(Command::Detach(Some(*position)));
+        }
         self.command(Command::Switch(Arc::new(table)));
+        let departed = self.await_departures(removed.len());
         self.await_switch();
         self.attach_ports(opened);
         self.claim(&self.claims, &before, true);
         self.name_interfaces();
+        self.close(departed);
         let notes = self.retire(&removed);
         for (position, config) in changed {
             let text = format!("{}: now {}", config.device, config.to_map(new.tpid));
@@ -237,13 +244,13 @@ impl Daemon {
 
     /// Takes ports out for good. Returns what the operator should know.
     fn retire(&mut self, positions: &[PortIndex]) -> Vec<String> {
-        self.detach_ports(positions);
         let mut notes = Vec::new();
         for position in positions {
+            self.give_back(*position, None);
             let Some(port) = self.ports.remove(*position) else { continue };
-            let sent = port.shared.from_guest.snapshot();
-            self.retired.out_frames += sent.out_frames;
-            self.retired.out_bytes += sent.out_bytes;
+            let retired = self.retired.get_or_insert_default();
+            retired.from_guest.add(port.shared.from_guest.snapshot().into());
+            retired.to_guest.add(port.shared.to_guest.snapshot().into());
             let name = port.config.device;
             if let Some(note) = self.left_behind(&name) {
                 notes.push(note);

@@ -217,7 +217,7 @@ impl Daemon {
     }
 
     /// Forgets a port's device and gives it back; `name` is what it is called now.
-    fn give_back(&mut self, position: PortIndex, name: Option<&str>) {
+    pub(super) fn give_back(&mut self, position: PortIndex, name: Option<&str>) {
         let Some(attached) = self.ports.get_mut(position).and_then(|port| port.attached.take())
         else {
             return;
@@ -329,30 +329,32 @@ impl Daemon {
         self.give_back(position, name);
     }
 
-    /// Takes the devices of ports that are to go out of the worker, and gives them back.
-    pub(super) fn detach_ports(&mut self, positions: &[PortIndex]) {
-        let ports: Vec<_> = positions.iter().copied().map(Some).collect();
-        self.take_back(&ports);
-        for position in positions {
-            self.give_back(*position, None);
-        }
-    }
-
-    /// Takes devices out of the worker, counts what the kernel still had to tell of
-    /// them, and closes them.
+    /// Takes devices out of the worker, and closes them.
     fn take_back(&mut self, ports: &[Option<PortIndex>]) {
         for port in ports {
             self.command(Command::Detach(*port));
         }
-        let mut devices = Vec::with_capacity(ports.len());
-        for _ in ports {
-            devices.extend(self.await_notice(|notice| match notice {
+        let devices = self.await_departures(ports.len());
+        self.close(devices);
+    }
+
+    /// Waits for devices the worker was told to give back.
+    pub(super) fn await_departures(&mut self, count: usize) -> Vec<Device> {
+        let mut devices = Vec::with_capacity(count);
+        for _ in 0..count {
+            let device = self.await_notice(|notice| match notice {
                 Notice::Departed(Departed { error: None, .. }) => true,
                 Notice::Departed(_) | Notice::Switched => false,
-            }));
+            });
+            devices.extend(device.map(|device| *device));
         }
+        devices
+    }
+
+    /// Counts what the kernel still has to tell of devices, and closes them.
+    pub(super) fn close(&self, devices: Vec<Device>) {
         self.count_overruns();
-        let parts = devices.into_iter().flat_map(|device| device.into_parts());
+        let parts = devices.into_iter().flat_map(Device::into_parts);
         in_parallel(parts.collect(), drop::<DevicePart>);
     }
 

@@ -12,7 +12,7 @@ mod devices;
 mod ports;
 mod watch;
 
-use crate::control::api::{Event, EventKind, Sent};
+use crate::control::api::{Event, EventKind, Removed};
 use crate::control::config::Metrics;
 use crate::control::config::{Config, LogFormat};
 use crate::control::host::{FoundUplink, Host};
@@ -74,8 +74,8 @@ pub struct Daemon {
     worker: Option<WorkerHandle>,
     watched_worker: WatchedWorker,
     abilities: Abilities,
-    /// What ports sent that have been removed since.
-    retired: Sent,
+    /// The counters of ports that were removed.
+    retired: Option<Removed>,
     /// Taps this run created: removed if it does not get as far as forwarding.
     created: Vec<CreatedTap>,
     /// Devices whose seal has not been moved to where it costs least.
@@ -135,7 +135,7 @@ impl Daemon {
             worker: Some(worker.spawn(commands, notices)?),
             watched_worker: WatchedWorker::default(),
             abilities,
-            retired: Sent::default(),
+            retired: None,
             created: Vec::new(),
             unsettled: Vec::new(),
             uncleared: Vec::new(),

@@ -61,6 +61,7 @@ fn stats(second: u64) -> Stats {
             to_wire: Sent { out_frames: second * 1_000_000, out_bytes: second * 125_000_000 },
         },
         ports,
+        removed: None,
         unmapped: Vec::new(),
         workers: vec![Worker { load: 0.34 }],
     }
