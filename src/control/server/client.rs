@@ -97,6 +97,8 @@ pub struct Client {
     pub stream: Option<Stream>,
     /// The call being answered wants no answer.
     oneway: bool,
+    /// The form of metrics it wants.
+    format: http::Format,
     /// No more calls: close once all is sent.
     closing: bool,
     /// Since when it owes us the rest of a message, or room for an answer.
@@ -124,6 +126,7 @@ impl Client {
             output: Vec::new(),
             stream: None,
             oneway: false,
+            format: http::Format::default(),
             closing: false,
             owes_since: None,
         }
@@ -216,7 +219,10 @@ impl Client {
             Protocol::Http => {
                 self.closing = true;
                 match http::read_request(message) {
-                    Ok(()) => Next::Wish(Wish::Metrics),
+                    Ok(format) => {
+                        self.format = format;
+                        Next::Wish(Wish::Metrics)
+                    }
                     Err(refusal) => {
                         self.output.extend(refusal);
                         self.flush();
@@ -288,7 +294,7 @@ impl Client {
 
     /// Sends metrics.
     pub fn send_metrics(&mut self, text: &str) {
-        self.output.extend(http::response(text));
+        self.output.extend(http::response(text, self.format));
         self.flush();
     }
 
