@@ -40,9 +40,10 @@ const SEAL_NAME: &str = "vlansw_seal";
 /// How long a port's queueing is left alone after a change around it: who removed it
 /// may be about to add his own, and would find ours in the way.
 const REQUEUE_DELAY: Duration = Duration::from_secs(5);
-/// Features of an uplink that lose frames: LRO merges what cannot be split again,
-/// and a VLAN filter drops VLANs that have no VLAN device.
-const HARMFUL_FEATURES: [&str; 2] = ["large-receive-offload", "rx-vlan-filter"];
+/// Features of an uplink that lose frames, by the kernel's names (`ethtool -k` calls the
+/// first `large-receive-offload`): LRO merges what cannot be split again, and a VLAN
+/// filter drops VLANs that have no VLAN device.
+const HARMFUL_FEATURES: [&str; 2] = ["rx-lro", "rx-vlan-filter"];
 
 /// A device could not be made ready.
 #[derive(Debug, Error)]
@@ -426,4 +427,19 @@ fn disarm(found: &mut FoundUplink) -> Result<(), EthtoolError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    use super::*;
+
+    /// A name the kernel does not know would be passed over in silence.
+    #[test]
+    fn the_kernel_knows_the_features_by_these_names() {
+        let features = Features::read("lo").unwrap();
+        for name in HARMFUL_FEATURES {
+            assert!(features.state(name).is_some(), "{name}");
+        }
+    }
 }
