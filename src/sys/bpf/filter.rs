@@ -4,11 +4,12 @@
 //! filter runs before a ring slot is taken (`tpacket_rcv`), so a frame nobody
 //! mapped costs some tens of nanoseconds and no copy.
 //!
-//! Two maps tie it to us. `claims`, an array by VID, holds a bit for each TPID in
+//! Three maps tie it to us. `claims`, an array by VID, holds a bit for each TPID in
 //! the order 0x8100, 0x88a8, 0x9100, 0x9200 (`crate::frame::Tpid::ALL`); bit 4 of
 //! entry 0 claims frames without any tag. A VID 0 tag is looked up like any other.
 //! `seen`, a per-CPU array, counts the tagged frames that were rejected, so that
-//! an operator can be told which VLANs are on the wire and mapped nowhere.
+//! an operator can be told which VLANs are on the wire and mapped nowhere; `sources`,
+//! an array, holds the source address of the last of them, to tell who that is.
 //!
 //! The outermost tag is in the context when the NIC or the kernel took it out
 //! (0x8100 and 0x88a8), and in the bytes otherwise (0x9100 and 0x9200 always).
@@ -18,7 +19,7 @@
 use super::assembler::{
     Alu, AssemblyError, Condition, Helper, Instruction, Program, R0, R1, R2, R6, R7, R8, R10, Width,
 };
-use super::map::{ArrayMap, PerCpuArrayMap};
+use super::map::{ArrayMap, PerCpuArrayMap, WideArrayMap};
 use super::skb;
 use super::syscall::{BpfError, ProgramKind, load};
 use std::io;
@@ -38,6 +39,7 @@ const WHOLE: i32 = i32::MAX;
 pub struct UplinkFilter {
     claims: ArrayMap,
     seen: PerCpuArrayMap,
+    sources: WideArrayMap,
     program: OwnedFd,
 }
 
@@ -49,9 +51,10 @@ impl UplinkFilter {
     pub fn new() -> Result<Self, BpfError> {
         let claims = ArrayMap::create("vlansw_claims", VIDS)?;
         let seen = PerCpuArrayMap::create("vlansw_seen", VIDS * TPIDS.len() as u32)?;
-        let instructions = uplink_filter(claims.as_fd(), seen.as_fd())?;
+        let sources = WideArrayMap::create("vlansw_sources", VIDS * TPIDS.len() as u32)?;
+        let instructions = uplink_filter(claims.as_fd(), seen.as_fd(), sources.as_fd())?;
         let program = load(ProgramKind::SocketFilter, "vlansw_uplink", &instructions)?;
-        Ok(Self { claims, seen, program })
+        Ok(Self { claims, seen, sources, program })
     }
 
     /// The program, for sockets that attach it in their own way (a fanout group).
@@ -122,6 +125,17 @@ impl UplinkFilter {
         let vids = VIDS as usize;
         Ok(rows.map(move |(index, frames)| (index / vids, (index % vids) as u16, frames)))
     }
+
+    /// The source address of the last frame rejected with this outer tag; `None` if
+    /// there was none.
+    ///
+    /// # Errors
+    /// `tpid_index` above 3 or `vid` above 4095.
+    pub fn source(&self, tpid_index: usize, vid: u16) -> Result<Option<[u8; 6]>, BpfError> {
+        let value = self.sources.lookup(tpid_index as u32 * VIDS + u32::from(vid))?;
+        let [_, _, address @ ..] = value.to_be_bytes();
+        Ok((value != 0).then_some(address))
+    }
 }
 
 /// The filter program; see the module's text for the maps.
@@ -131,6 +145,7 @@ impl UplinkFilter {
 pub fn uplink_filter(
     claims: BorrowedFd<'_>,
     seen: BorrowedFd<'_>,
+    sources: BorrowedFd<'_>,
 ) -> Result<Vec<Instruction>, AssemblyError> {
     let mut program = Program::new();
     let (in_band, by_vid, look_up) = (program.label(), program.label(), program.label());
@@ -169,6 +184,11 @@ pub fn uplink_filter(
     program.store(Width::Word, R10, -4, R8).load_map(R1, seen).mov(R2, R10).alu(Alu::Add, R2, -4);
     program.call(Helper::MapLookup).jump_if(R0, Condition::Equal, 0, reject);
     program.load(Width::Double, R1, R0, 0).alu(Alu::Add, R1, 1).store(Width::Double, R0, 0, R1);
+    program.load_map(R1, sources).mov(R2, R10).alu(Alu::Add, R2, -4);
+    program.call(Helper::MapLookup).jump_if(R0, Condition::Equal, 0, reject).mov(R7, R0);
+    // One store, so that an address is never half of two.
+    program.load_absolute(Width::Word, 6).mov(R8, R0).alu(Alu::ShiftLeft, R8, 16);
+    program.load_absolute(Width::Half, 10).alu(Alu::Or, R8, R0).store(Width::Double, R7, 0, R8);
 
     program.place(reject).mov(R0, 0).exit();
     program.place(accept).mov(R0, WHOLE).exit();
@@ -199,6 +219,8 @@ mod tests {
     }
     const _: () = assert!(size_of::<TestRun>() == 40);
 
+    const SOURCE: [u8; 6] = [0x52, 0x54, 0, 0xff, 0x80, 1];
+
     /// Runs the filter on a frame whose tags all stand in the bytes.
     fn run(filter: &UplinkFilter, frame: &[u8]) -> u32 {
         // A socket filter's data starts after the Ethernet header the kernel takes off
@@ -217,7 +239,8 @@ mod tests {
 
     fn frame(tags: &[(u16, u16)]) -> Vec<u8> {
         let words = tags.iter().flat_map(|&(tpid, tci)| [tpid, tci]).chain([0x0800]);
-        let mut frame = vec![2; 12];
+        let mut frame = vec![2; 6];
+        frame.extend(SOURCE);
         frame.extend(words.flat_map(u16::to_be_bytes));
         frame.resize(60, 0);
         frame
@@ -232,12 +255,14 @@ mod tests {
         for (index, tpid) in TPIDS.into_iter().enumerate() {
             for vid in [0, 7, 4095] {
                 let tagged = frame(&[(tpid, 0xf000 | vid), (0x8100, 9)]);
+                assert_eq!(filter.source(index, vid).unwrap(), None, "{tpid:#x} {vid}");
                 assert_eq!(run(&filter, &tagged), 0, "{tpid:#x} {vid}");
                 filter.claim(index, vid, true).unwrap();
                 assert_eq!(run(&filter, &tagged), i32::MAX as u32, "{tpid:#x} {vid}");
                 filter.claim(index, vid, false).unwrap();
                 let seen: Vec<_> = filter.seen().unwrap().filter(|row| row.0 == index).collect();
                 assert!(seen.contains(&(index, vid, 1)), "{seen:?}");
+                assert_eq!(filter.source(index, vid).unwrap(), Some(SOURCE), "{tpid:#x} {vid}");
             }
         }
         // Each CPU counts for itself; what is read is the sum.

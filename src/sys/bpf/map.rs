@@ -108,6 +108,52 @@ impl AsFd for ArrayMap {
     }
 }
 
+/// An array of u64, one for all CPUs, that programs write and we read: of two that
+/// write an entry at once one wins, whole.
+#[derive(Debug)]
+pub struct WideArrayMap {
+    fd: OwnedFd,
+    entries: u32,
+}
+
+impl WideArrayMap {
+    /// An array of `entries` zeros.
+    ///
+    /// # Errors
+    /// [`BpfError::NotPermitted`], or the kernel is out of memory.
+    pub fn create(name: &str, entries: u32) -> Result<Self, BpfError> {
+        Ok(Self { fd: create(ARRAY, name, 8, entries)?, entries })
+    }
+
+    /// The value at `index`.
+    ///
+    /// # Errors
+    /// `index` is out of range.
+    pub fn lookup(&self, index: u32) -> Result<u64, BpfError> {
+        if index >= self.entries {
+            return Err(out_of_range(index, self.entries));
+        }
+        let mut value = 0_u64;
+        let mut attributes = MapElement {
+            map_fd: self.fd.as_raw_fd() as u32,
+            key: &raw const index as u64,
+            value: &raw mut value as u64,
+            ..MapElement::default()
+        };
+        // SAFETY: the map was made with keys of 4 and values of 8 bytes, and both locals live on.
+        unsafe { bpf(&MAP_LOOKUP_ELEM, &mut attributes) }.map_err(|error| {
+            BpfError::from_io(format!("read entry {index} of a BPF map"), error)
+        })?;
+        Ok(value)
+    }
+}
+
+impl AsFd for WideArrayMap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 /// An array of u64 counters, one copy for each possible CPU.
 #[derive(Debug)]
 pub struct PerCpuArrayMap {
