@@ -25,7 +25,7 @@ use nix::sys::time::TimeVal;
 
 use super::LinkError;
 use super::table::LinkState;
-use super::wire::{self, LinkReport, Message};
+use super::wire::{self, LinkDetails, LinkReport, Message};
 
 /// How long to wait for an answer. The kernel answers in microseconds; it takes
 /// longer only while another process holds its network lock (rtnl), for example
@@ -335,6 +335,38 @@ impl LinkSocket {
             }
         }
         Ok(links)
+    }
+
+    /// All devices of the namespace, with what is not followed; one that comes or goes
+    /// meanwhile may be missing.
+    pub fn details(&mut self) -> Result<Vec<LinkDetails>, LinkError> {
+        let mut found = Vec::new();
+        self.exchange(get_link(0), NLM_F_DUMP, |message| {
+            if message.kind == libc::RTM_NEWLINK {
+                found.extend(wire::link_details(message.payload));
+            }
+        })
+        .map_err(|failure| LinkError::Socket {
+            operation: "list the network devices",
+            reason: failure.reason,
+        })?;
+        Ok(found)
+    }
+
+    /// All addresses of the host, each with the index of its device.
+    pub fn all_addresses(&mut self) -> Result<Vec<(u32, IpAddr)>, LinkError> {
+        let mut found = Vec::new();
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        self.exchange(request, NLM_F_DUMP, |message| {
+            if message.kind == libc::RTM_NEWADDR {
+                found.extend(wire::host_address(message.payload));
+            }
+        })
+        .map_err(|failure| LinkError::Socket {
+            operation: "list the host's addresses",
+            reason: failure.reason,
+        })?;
+        Ok(found)
     }
 
     /// All the kernel tells about one device.

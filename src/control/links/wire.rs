@@ -35,6 +35,11 @@ const ATTRIBUTE_HEADER_LEN: usize = 4;
 /// In an `IFLA_AF_SPEC`, the attribute of `AF_INET6` that holds how IPv6
 /// addresses are generated (include/uapi/linux/if_link.h).
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+/// Of `IFLA_INFO_DATA` of a VLAN device, and of every device (include/uapi/linux/if_link.h).
+const IFLA_VLAN_ID: u16 = 1;
+const IFLA_VLAN_PROTOCOL: u16 = 5;
+const IFLA_GRO_MAX_SIZE: u16 = 58;
+const IFLA_GRO_IPV4_MAX_SIZE: u16 = 64;
 /// The attribute with the text of an extended acknowledgement
 /// (include/uapi/linux/netlink.h).
 const NLMSGERR_ATTR_MSG: u16 = 1;
@@ -170,6 +175,58 @@ pub(super) fn link_report(payload: &[u8]) -> Option<LinkReport> {
     Some(report)
 }
 
+/// More about a device, for whoever looks at the host once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkDetails {
+    /// What is followed.
+    pub state: LinkState,
+    /// The kind of the root queueing discipline.
+    pub qdisc: Option<String>,
+    /// For a VLAN device: the device below, the TPID and the VID.
+    pub vlan: Option<VlanDevice>,
+    /// The largest super-frame GRO makes of IPv6 and of IPv4, in bytes; 0 if the kernel
+    /// does not tell.
+    pub gro_max_size: u32,
+}
+
+/// What a VLAN device takes from which device (8021q, `IFLA_VLAN_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VlanDevice {
+    /// Index of the device below.
+    pub lower: u32,
+    /// TPID.
+    pub tpid: u16,
+    /// VID.
+    pub vid: u16,
+}
+
+/// Decodes the payload of an `RTM_NEWLINK` in full.
+pub(super) fn link_details(payload: &[u8]) -> Option<LinkDetails> {
+    let LinkReport { state, qdisc, .. } = link_report(payload)?;
+    let rest = payload.get(LINK_HEADER_LEN..)?;
+    let size = |wanted| attribute(rest, wanted).and_then(number).unwrap_or_default();
+    let gro_max_size = size(IFLA_GRO_MAX_SIZE).max(size(IFLA_GRO_IPV4_MAX_SIZE));
+    Some(LinkDetails { vlan: vlan_device(rest), state, qdisc, gro_max_size })
+}
+
+fn vlan_device(attributes: &[u8]) -> Option<VlanDevice> {
+    // In another namespace the index is that of another device.
+    if attribute(attributes, libc::IFLA_LINK_NETNSID).is_some() {
+        return None;
+    }
+    let lower = number(attribute(attributes, libc::IFLA_LINK)?)?;
+    let info = attribute(attributes, libc::IFLA_LINKINFO)?;
+    if attribute(info, libc::IFLA_INFO_KIND).map(text).as_deref() != Some("vlan") {
+        return None;
+    }
+    let data = attribute(info, libc::IFLA_INFO_DATA)?;
+    let vid = u16::from_ne_bytes(attribute(data, IFLA_VLAN_ID)?.try_into().ok()?);
+    let protocol = attribute(data, IFLA_VLAN_PROTOCOL).and_then(|value| value.try_into().ok());
+    // Kernels before 3.10 know one protocol and tell none.
+    let tpid = protocol.map_or(0x8100, u16::from_be_bytes);
+    Some(VlanDevice { lower, tpid, vid })
+}
+
 /// The device at whose tc hooks something ceased to stand, and how; none for other
 /// messages. What is added there takes nothing away, nor does a device's default
 /// queueing (handle 0) when it makes room for another.
@@ -231,7 +288,9 @@ mod tests {
         reason = "a failed unwrap or index is a failed test"
     )]
     use netlink_packet_core::{DefaultNla, Emitable};
-    use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+    use netlink_packet_route::link::{
+        InfoData, InfoKind, InfoVlan, LinkAttribute, LinkInfo, LinkMessage, VlanProtocol,
+    };
     use proptest::prelude::*;
 
     use super::*;
@@ -260,6 +319,33 @@ mod tests {
             LinkAttribute::Address(vec![2, 0, 0, 0, 0, 9]),
             LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Tun)]),
         ]
+    }
+
+    #[test]
+    fn a_vlan_device_tells_what_it_takes_from_whom() {
+        let vlan = |protocol: Option<VlanProtocol>| {
+            let mut data = vec![InfoVlan::Id(101)];
+            data.extend(protocol.map(InfoVlan::Protocol));
+            let mut attributes = full();
+            attributes.retain(|attribute| !matches!(attribute, LinkAttribute::LinkInfo(_)));
+            attributes.push(LinkAttribute::Link(3));
+            attributes.push(LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Vlan),
+                LinkInfo::Data(InfoData::Vlan(data)),
+            ]));
+            attributes
+        };
+        let read =
+            |attributes| link_details(&encoded(attributes, AddressFamily::Unspec)).unwrap().vlan;
+        let device = |tpid| Some(VlanDevice { lower: 3, tpid, vid: 101 });
+        assert_eq!(read(vlan(Some(VlanProtocol::Ieee8021Q))), device(0x8100));
+        assert_eq!(read(vlan(Some(VlanProtocol::Ieee8021Ad))), device(0x88a8));
+        assert_eq!(read(vlan(None)), device(0x8100));
+        assert_eq!(read(full()), None);
+        // The device below is one of another namespace.
+        let mut elsewhere = vlan(None);
+        elsewhere.push(LinkAttribute::LinkNetNsId(0));
+        assert_eq!(read(elsewhere), None);
     }
 
     #[test]
