@@ -1,6 +1,7 @@
 //! Looking at the host's devices before anything is changed.
 
 use crate::control::cli::Config;
+use crate::control::doctor;
 use crate::control::links::Links;
 use crate::control::mapping::{DeviceKind, Origin, PortConfig, TapConfig, is_reserved};
 use crate::control::mtu;
@@ -86,30 +87,11 @@ pub fn file_limit(ports: usize) -> Result<(), StartError> {
     if limit < needed { Err(StartError::FileLimit { ports, needed, limit }) } else { Ok(()) }
 }
 
-/// Compares a tap that exists with the one we would have created: a VMM that cannot
-/// open it says little about why.
+/// Compares a tap that exists with the one we would have created.
 fn check_tap(name: &str, wanted: &TapConfig) {
     let Ok(Some(tap)) = tap::settings(name) else { return };
-    let cure = format!("remove it with `ip link delete {name}` and vlanswitchd creates it anew");
-    if wanted.queues > 1 && !tap.multi_queue {
-        warn!(
-            "{name}: queues={} asks for a multiqueue tap, but it exists with one queue: {cure}",
-            wanted.queues
-        );
-    }
-    if wanted.queues == 1 && tap.multi_queue {
-        warn!(
-            "{name}: exists as a multiqueue tap, which a VM with one queue cannot open: say queues=N, or {cure}"
-        );
-    }
-    for (option, wanted, found) in
-        [("owner", &wanted.owner, tap.owner), ("group", &wanted.group, tap.group)]
-    {
-        let wanted = wanted.as_ref().map(|account| account.id);
-        if wanted.is_some() && wanted != found {
-            let found = found.map_or_else(|| "none".to_owned(), |id| id.to_string());
-            warn!("{name}: its {option} is {found}, not the one asked for: {cure}");
-        }
+    for finding in doctor::tap_notes(name, wanted, &tap) {
+        warn!("{}", doctor::line(&finding));
     }
 }
 

@@ -14,6 +14,7 @@
 //! attached to it. Devices it found are given back as they were. Created taps carry
 //! an alias by which a later run knows them.
 
+use crate::control::doctor;
 use crate::control::links::{
     LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, disable_ipv6, restore_ipv6,
 };
@@ -23,7 +24,6 @@ use crate::sys::bpf::{
     seal_program,
 };
 use crate::sys::ethtool::{self, EthtoolError, Features};
-use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -43,7 +43,7 @@ const REQUEUE_DELAY: Duration = Duration::from_secs(5);
 /// Features of an uplink that lose frames, by the kernel's names (`ethtool -k` calls the
 /// first `large-receive-offload`): LRO merges what cannot be split again, and a VLAN
 /// filter drops VLANs that have no VLAN device.
-const HARMFUL_FEATURES: [&str; 2] = ["rx-lro", "rx-vlan-filter"];
+pub const HARMFUL_FEATURES: [&str; 2] = ["rx-lro", "rx-vlan-filter"];
 
 /// A device could not be made ready.
 #[derive(Debug, Error)]
@@ -68,6 +68,14 @@ impl HostError {
             Self::Assembly(_) => false,
         }
     }
+}
+
+/// Whether the seal of a port's device is in its place.
+///
+/// # Errors
+/// [`BpfError`] if the kernel does not tell.
+pub fn is_sealed(index: u32) -> Result<bool, BpfError> {
+    is_attached_tc(SEAL_NAME, index, Direction::Ingress)
 }
 
 /// Whether vlanswitchd created this device, in this run or an earlier one.
@@ -387,29 +395,11 @@ impl Host {
     }
 
     fn warn_about(&mut self, link: &LinkState) {
-        let name = &link.name;
-        if let Some(master) = link.master {
-            let master =
-                self.links.link(master).map_or_else(|_| "a bridge".into(), |link| link.name);
-            warn!(
-                "{name} is a port of {master}, which no longer gets the guest's frames, while the guest \
-                 still gets all that {master} floods, from outside its VLAN: `ip link set {name} nomaster`"
-            );
-        }
-        let addresses: Vec<String> = self
-            .links
-            .addresses(link.index)
-            .unwrap_or_default()
-            .into_iter()
-            .filter(|address| !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()))
-            .map(|address| address.to_string())
-            .collect();
-        if !addresses.is_empty() {
-            warn!(
-                "{name} has host addresses ({}), which no longer work: the host is sealed off; \
-                 `ip address flush dev {name}`, or map internal:NAME for a host leg",
-                addresses.join(", ")
-            );
+        let addresses = self.links.addresses(link.index).unwrap_or_default();
+        let master = link.master.and_then(|index| self.links.link(index).ok());
+        let master = master.as_ref().map(|master| master.name.as_str());
+        for finding in doctor::device_notes(link, master, &addresses) {
+            warn!("{}", doctor::line(&finding));
         }
     }
 }

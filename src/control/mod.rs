@@ -8,7 +8,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
-mod doctor;
+pub mod doctor;
 mod host;
 pub mod links;
 pub mod mapping;

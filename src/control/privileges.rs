@@ -12,12 +12,9 @@ use thiserror::Error;
 )]
 pub struct MissingCapabilities(Vec<String>);
 
-/// Checks that packet sockets (CAP_NET_RAW), devices (CAP_NET_ADMIN) and BPF
-/// programs (CAP_BPF, before Linux 5.8 CAP_SYS_ADMIN) may be used.
-///
-/// # Errors
-/// [`MissingCapabilities`] naming those that are missing.
-pub fn check() -> Result<(), MissingCapabilities> {
+/// The capabilities that are missing for packet sockets (CAP_NET_RAW), devices
+/// (CAP_NET_ADMIN) and BPF programs (CAP_BPF, before Linux 5.8 CAP_SYS_ADMIN).
+pub fn missing() -> Vec<String> {
     let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
     let mut missing: Vec<String> = [Capability::CAP_NET_RAW, Capability::CAP_NET_ADMIN]
         .into_iter()
@@ -27,5 +24,14 @@ pub fn check() -> Result<(), MissingCapabilities> {
     if !has(Capability::CAP_BPF) && !has(Capability::CAP_SYS_ADMIN) {
         missing.push(Capability::CAP_BPF.to_string());
     }
+    missing
+}
+
+/// Checks that none is missing.
+///
+/// # Errors
+/// [`MissingCapabilities`] naming those that are.
+pub fn check() -> Result<(), MissingCapabilities> {
+    let missing = missing();
     if missing.is_empty() { Ok(()) } else { Err(MissingCapabilities(missing)) }
 }

@@ -5,8 +5,8 @@ use super::change::ChangeError;
 use super::ports::Port;
 use super::watch::{WatchedDrops, wall_clock};
 use crate::control::api::{
-    self, Change, ConfigReply, Drop, DropsReply, FindingsReply, NotesReply, PortReply, PortsReply,
-    Request, Sent, Stats, StatsReply, Status, StatusReply, Unmapped,
+    self, Change, ConfigReply, Drop, DropsReply, NotesReply, PortReply, PortsReply, Request, Sent,
+    Stats, StatsReply, Status, StatusReply, Unmapped,
 };
 use crate::control::checks;
 use crate::control::config::persist;
@@ -101,10 +101,7 @@ impl Daemon {
                 let reply = self.reload(dry_run.unwrap_or(false))?;
                 self.server.reply(client, &reply);
             }
-            Request::Examine {} => {
-                let findings = Vec::new();
-                self.server.reply(client, &FindingsReply { findings });
-            }
+            Request::Examine {} => self.examine(client)?,
         }
         Ok(())
     }

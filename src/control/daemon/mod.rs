@@ -9,6 +9,7 @@ mod answer;
 mod capturing;
 mod change;
 mod devices;
+mod examine;
 mod ports;
 mod watch;
 
@@ -26,6 +27,7 @@ use crate::sys::packet::KernelCounter;
 use capturing::Captures;
 use change::Claims;
 use devices::CreatedTap;
+use examine::Examinations;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
@@ -43,8 +45,9 @@ use watch::{TICK, Watched, WatchedWorker, wall_clock};
 
 const SIGNALS: Token = Token(0);
 const LINKS: Token = Token(1);
+const EXAMINED: Token = Token(2);
 /// The server's tokens begin here.
-const SERVER: usize = 2;
+const SERVER: usize = 3;
 /// Calls answered before signals and devices have their turn again.
 const CALLS_PER_TURN: usize = 16;
 /// Between two seals moved: each holds the kernel's device lock for a while.
@@ -86,6 +89,7 @@ pub struct Daemon {
     signals: SignalFd,
     server: Server,
     captures: Captures,
+    examinations: Examinations,
     /// Held for as long as the uplink is ours.
     _claim: UnixListener,
 }
@@ -104,6 +108,7 @@ impl Daemon {
         let claim = claim_uplink(&config.uplink)?;
         let probe = probe::start();
         let poll = Poll::new()?;
+        let examinations = Examinations::new(&poll, EXAMINED)?;
         let server = listen(&config, &poll)?;
         let filter = UplinkFilter::new()?;
         for (tpid, vid) in config.table.claims() {
@@ -143,6 +148,7 @@ impl Daemon {
             signals,
             server,
             captures: Captures::default(),
+            examinations,
             _claim: claim,
         };
         match daemon.attach_all() {
@@ -222,6 +228,7 @@ impl Daemon {
                         }
                     }
                     LINKS => self.follow_links(),
+                    EXAMINED => self.answer_examinations(),
                     token => self.server.note(token, self.poll.registry()),
                 }
             }

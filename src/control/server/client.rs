@@ -95,6 +95,8 @@ pub struct Client {
     pub output: Vec<u8>,
     /// Answers that come by themselves.
     pub stream: Option<Stream>,
+    /// Its call is answered later, under this number.
+    pub waits_for: Option<u64>,
     /// The call being answered wants no answer.
     oneway: bool,
     /// The form of metrics it wants.
@@ -125,6 +127,7 @@ impl Client {
             input: Vec::new(),
             output: Vec::new(),
             stream: None,
+            waits_for: None,
             oneway: false,
             format: http::Format::default(),
             closing: false,
@@ -180,6 +183,9 @@ impl Client {
         }
         // One answer at a time: what it asks next waits in its own socket.
         if !self.output.is_empty() && self.stream.is_none() {
+            return Next::Nothing;
+        }
+        if self.waits_for.is_some() {
             return Next::Nothing;
         }
         loop {

@@ -52,6 +52,14 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// A client, for as long as it is connected.
 pub type ClientId = usize;
 
+/// A call that is answered later: its client may have gone by then, and another have
+/// its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket {
+    client: ClientId,
+    number: u64,
+}
+
 /// What a client wants.
 #[derive(Debug)]
 pub enum Wish {
@@ -77,6 +85,8 @@ pub struct Server {
     clients: Vec<Option<Client>>,
     /// Clients to look at in this turn.
     turn: VecDeque<ClientId>,
+    /// Calls that were to be answered later.
+    tickets: u64,
 }
 
 impl Server {
@@ -93,7 +103,7 @@ impl Server {
             let token = Token(first_token + position);
             registry.register(&mut SourceFd(&listener.as_raw_fd()), token, Interest::READABLE)?;
         }
-        Ok(Self { listeners, first_token, clients: Vec::new(), turn: VecDeque::new() })
+        Ok(Self { listeners, first_token, clients: Vec::new(), turn: VecDeque::new(), tickets: 0 })
     }
 
     /// Takes note of a readiness event of one of our tokens.
@@ -158,6 +168,24 @@ impl Server {
         let continues = client.stream.is_some();
         client.send_reply(parameters, continues);
         self.turn.push_back(id);
+    }
+
+    /// Puts the answer to a call off: the client's next call waits until
+    /// [`Server::reply_late`].
+    pub fn put_off(&mut self, id: ClientId) -> Option<Ticket> {
+        let client = self.clients.get_mut(id)?.as_mut()?;
+        self.tickets += 1;
+        client.waits_for = Some(self.tickets);
+        Some(Ticket { client: id, number: self.tickets })
+    }
+
+    /// Answers a call that was put off, if its client is still there.
+    pub fn reply_late(&mut self, ticket: Ticket, parameters: &impl Serialize) {
+        let Some(Some(client)) = self.clients.get_mut(ticket.client) else { return };
+        if client.waits_for == Some(ticket.number) {
+            client.waits_for = None;
+            self.reply(ticket.client, parameters);
+        }
     }
 
     /// Answers a call with an error.
