@@ -172,7 +172,9 @@ impl Client {
     pub fn next_message(&mut self, now: Instant) -> Next {
         self.flush();
         let next = self.look(now);
-        let owes = !self.output.is_empty() || !self.input.is_empty();
+        // Who came for metrics owes a request from the first moment.
+        let owes =
+            !self.output.is_empty() || !self.input.is_empty() || self.protocol == Protocol::Http;
         self.owes_since = if owes { self.owes_since.or(Some(now)) } else { None };
         next
     }

@@ -294,3 +294,137 @@ impl Server {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    use super::*;
+    use mio::{Events, Poll};
+    use std::io::{Read, Write};
+    use std::path::PathBuf;
+
+    /// A server on a socket of its own, and a clock that the test turns.
+    struct Bench {
+        folder: PathBuf,
+        poll: Poll,
+        server: Server,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new(name: &str, bind: impl Fn(&std::path::Path) -> Listener) -> Self {
+            let folder =
+                std::env::temp_dir().join(format!("vlanswitchd-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&folder).unwrap();
+            let poll = Poll::new().unwrap();
+            let listener = bind(&folder.join("socket"));
+            let server = Server::new(vec![listener], poll.registry(), 0).unwrap();
+            Self { folder, poll, server, now: Instant::now() }
+        }
+
+        fn control(name: &str) -> Self {
+            Self::new(name, |path| bind_control(path).unwrap())
+        }
+
+        fn connect(&self) -> UnixStream {
+            UnixStream::connect(self.folder.join("socket")).unwrap()
+        }
+
+        /// A turn of the control loop, some seconds later; what clients want.
+        fn turn(&mut self, later: u64) -> Vec<(ClientId, Wish)> {
+            self.now += Duration::from_secs(later);
+            let mut events = Events::with_capacity(16);
+            self.poll.poll(&mut events, Some(Duration::from_millis(20))).unwrap();
+            for event in &events {
+                self.server.note(event.token(), self.poll.registry());
+            }
+            let mut wishes = Vec::new();
+            while let Some(wish) = self.server.next_call(self.now) {
+                wishes.push(wish);
+            }
+            while let Some(wish) = self.server.next_due(self.now) {
+                wishes.push(wish);
+            }
+            wishes
+        }
+    }
+
+    impl std::ops::Drop for Bench {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+    }
+
+    #[test]
+    fn half_a_message_may_stay_for_ten_seconds_however_it_grows() {
+        let mut bench = Bench::control("half");
+        let (mut half, idle) = (bench.connect(), bench.connect());
+        half.write_all(b"{").unwrap();
+        bench.turn(0);
+        assert_eq!(bench.server.clients(), 2);
+        half.write_all(b" ").unwrap();
+        bench.turn(9);
+        assert_eq!(bench.server.clients(), 2);
+        bench.turn(1);
+        // Whoever says nothing owes nothing.
+        assert_eq!(bench.server.clients(), 1);
+        bench.turn(1000);
+        assert_eq!(bench.server.clients(), 1);
+        assert_eq!(half.read(&mut [0]).unwrap(), 0);
+        drop(idle);
+        bench.turn(0);
+        assert_eq!(bench.server.clients(), 0);
+    }
+
+    #[test]
+    fn who_comes_for_metrics_and_asks_nothing_goes_too() {
+        let mut bench = Bench::new("metrics", |path| bind_metrics_unix(path).unwrap());
+        let _silent = bench.connect();
+        bench.turn(0);
+        assert_eq!(bench.server.clients(), 1);
+        bench.turn(10);
+        assert_eq!(bench.server.clients(), 0);
+    }
+
+    #[test]
+    fn an_answer_nobody_takes_stays_for_ten_seconds() {
+        let mut bench = Bench::control("unread");
+        let mut client = bench.connect();
+        client.write_all(b"{\"method\":\"org.vlanswitchd.ListPorts\"}\0").unwrap();
+        let wishes = bench.turn(0);
+        let (id, _) = wishes.first().unwrap();
+        // More than a socket holds.
+        bench.server.reply(*id, &serde_json::json!({ "ports": "x".repeat(4 << 20) }));
+        bench.turn(0);
+        bench.turn(9);
+        assert_eq!(bench.server.clients(), 1);
+        bench.turn(1);
+        assert_eq!(bench.server.clients(), 0);
+    }
+
+    #[test]
+    fn a_late_answer_is_for_who_asked_and_comes_before_the_next() {
+        let mut bench = Bench::control("late");
+        let call = b"{\"method\":\"org.vlanswitchd.Examine\"}\0";
+        let mut gone = bench.connect();
+        gone.write_all(call).unwrap();
+        let asked = bench.turn(0).first().unwrap().0;
+        let lost = bench.server.put_off(asked).unwrap();
+        drop(gone);
+
+        let mut client = bench.connect();
+        client.write_all(&[&call[..], &call[..]].concat()).unwrap();
+        let mut wishes = bench.turn(0);
+        assert_eq!(wishes.len(), 1, "one call at a time");
+        let id = wishes.remove(0).0;
+        let ticket = bench.server.put_off(id).unwrap();
+        assert!(bench.turn(0).is_empty(), "the next waits for the answer to the first");
+        bench.server.reply_late(lost, &serde_json::json!({ "whose": "another's" }));
+        bench.server.reply_late(ticket, &serde_json::json!({ "whose": "mine" }));
+        assert_eq!(bench.turn(0).len(), 1);
+        let mut answer = [0; 256];
+        let length = client.read(&mut answer).unwrap();
+        let text = String::from_utf8_lossy(answer.get(..length).unwrap());
+        assert_eq!(text, "{\"parameters\":{\"whose\":\"mine\"}}\0");
+    }
+}

@@ -1,8 +1,8 @@
 //! The listening sockets: where they are, and who gets in.
 //!
-//! The control socket has mode 0660 from its first moment (the mode of a unix
-//! socket's inode is taken over by `bind`: `unix_bind_bsd` in `net/unix/af_unix.c`),
-//! and belongs to the group `vlanswitchd` where there is one. What the mode becomes
+//! The control socket never lets in more than mode 0660 says (the mode of a unix
+//! socket's inode is taken over by `bind`, less the umask: `unix_bind_bsd` in
+//! `net/unix/af_unix.c`; what the umask took is given back after that), and belongs to the group `vlanswitchd` where there is one. What the mode becomes
 //! after that is the operator's choice.
 
 use super::client::{Connection, Protocol};
@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -135,6 +135,7 @@ fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     fchmod(&fd, Mode::from_bits_truncate(mode))?;
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok(fd.into())
 }
@@ -156,7 +157,7 @@ impl Listener {
             }),
         };
         match accepted {
-            Ok(connection) => Ok(Some((connection, self.protocol))),
+            Ok(connection) => Ok(Some((connection, self.protocol_now()))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             // It has gone again: look for the next.
             Err(error)
@@ -168,6 +169,20 @@ impl Listener {
                 self.accept()
             }
             Err(error) => Err(error),
+        }
+    }
+}
+
+impl Listener {
+    /// The socket's group is what the operator has made it by now (`chgrp`).
+    fn protocol_now(&self) -> Protocol {
+        match (self.protocol, &self.file) {
+            (Protocol::Varlink { gid }, Some((path, inode))) => {
+                let metadata = fs::symlink_metadata(path).ok();
+                let ours = metadata.filter(|metadata| metadata.ino() == *inode);
+                Protocol::Varlink { gid: ours.map_or(gid, |metadata| metadata.gid()) }
+            }
+            (protocol, _) => protocol,
         }
     }
 }
