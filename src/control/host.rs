@@ -40,6 +40,8 @@ const SEAL_NAME: &str = "vlansw_seal";
 /// How long a port's queueing is left alone after a change around it: who removed it
 /// may be about to add his own, and would find ours in the way.
 const REQUEUE_DELAY: Duration = Duration::from_secs(5);
+/// How often something is set that does not stay set.
+const ATTEMPTS: usize = 5;
 /// Features of an uplink that lose frames, by the kernel's names (`ethtool -k` calls the
 /// first `large-receive-offload`): LRO merges what cannot be split again, and a VLAN
 /// filter drops VLANs that have no VLAN device.
@@ -200,7 +202,7 @@ impl Host {
         if found.tap {
             found.queueing =
                 self.links.root_qdisc_kind(found.index)?.is_some_and(|kind| kind != "noqueue");
-            self.links.set_root_qdisc_noqueue(found.index)?;
+            self.insist(&found.name, |links| links.set_root_qdisc_noqueue(found.index))?;
         }
         let settings = LinkSettings {
             mtu: found.tap.then_some(TAP_MTU),
@@ -209,7 +211,28 @@ impl Host {
             addr_gen_none: ours,
             ..LinkSettings::default()
         };
-        self.links.configure(found.index, &settings)?;
+        self.insist(&found.name, |links| links.configure(found.index, &settings))
+    }
+
+    /// Sets something on a device that its maker may be setting up at this moment:
+    /// libvirt sets flags by reading, changing and writing them, and what was set in
+    /// between is lost. The seal alone keeps the host out, so it is no reason to leave
+    /// a VM without its port.
+    fn insist(
+        &mut self,
+        name: &str,
+        mut set: impl FnMut(&mut LinkSocket) -> Result<(), LinkError>,
+    ) -> Result<(), HostError> {
+        for _ in 1..ATTEMPTS {
+            match set(&mut self.links) {
+                Err(LinkError::NotKept { .. }) => debug!("{name}: set by others meanwhile"),
+                result => return Ok(result?),
+            }
+        }
+        match set(&mut self.links) {
+            Err(error @ LinkError::NotKept { .. }) => warn!("{error}"),
+            result => result?,
+        }
         Ok(())
     }
 
@@ -296,7 +319,7 @@ impl Host {
     /// # Errors
     /// [`HostError`].
     pub fn bring_up(&mut self, index: u32) -> Result<(), HostError> {
-        Ok(self.links.set_up(index)?)
+        self.insist(&format!("device {index}"), |links| links.set_up(index))
     }
 
     /// Gives a device back as it was found.

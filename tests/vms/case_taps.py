@@ -4,15 +4,20 @@ The VMM is played by this process, which opens the tap's descriptor as QEMU does
 """
 
 import datetime
+import fcntl
 import json
+import socket
 import statistics
+import struct
+import time
 
 from checks import Checks, datagram_to_host, heard, listening_host
-from lab import Namespace, eventually, far_address, guest_address, run
+from lab import PATIENCE, Namespace, eventually, far_address, guest_address, run
 from tap import ETHER_TYPE, TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, Tap, experiment
 
 TAP, OTHER = "tap-web1", "tap-other"
 LIFETIMES, FLIPS = 30, 200
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 # What a tap holds for its guest (TUN_READQ_SIZE, drivers/net/tun.c).
 TAP_QUEUE = 1000
 
@@ -63,6 +68,29 @@ class TapsThatAppear(Checks):
     def test_deleted_and_made_again_in_haste(self):
         for _ in range(LIFETIMES):
             self.tap().close()
+        tap = self.tap()
+        self.is_now("attached")
+        self.passes(tap)
+
+    def test_set_up_by_its_maker_meanwhile(self):
+        """As libvirt does: it reads the flags, and writes them with one more."""
+        with self.lab.host.entered():
+            requests = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.addCleanup(requests.close)
+        for number in range(1, LIFETIMES + 1):
+            tap = self.tap()
+
+            def is_attached():
+                flags = fcntl.ioctl(requests, SIOCGIFFLAGS, struct.pack("16sH22x", TAP.encode(), 0))
+                value = struct.unpack("16sH22x", flags)[1]
+                fcntl.ioctl(requests, SIOCSIFFLAGS, struct.pack("16sH22x", TAP.encode(), value | IFF_UP))
+                return len(self.messages_with(f"{TAP}: attached")) == number
+
+            deadline = time.monotonic() + PATIENCE
+            while not is_attached():
+                self.assertLess(time.monotonic(), deadline, self.daemon.messages())
+            tap.close()
+            eventually("it is gone", lambda: len(self.messages_with(f"{TAP}: gone")) == number)
         tap = self.tap()
         self.is_now("attached")
         self.passes(tap)
