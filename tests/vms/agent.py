@@ -117,15 +117,16 @@ def join_groups(device, count):
     kept["groups"] = (listener, set())
 
 
-def heard_groups(patience=1):
-    """The number of groups heard, once nothing more comes for `patience` seconds."""
+def heard_groups(count, patience=1):
+    """The number of groups heard, once they are so many or no more come for `patience` seconds."""
     listener, heard = kept["groups"]
     listener.settimeout(patience)
     try:
-        while True:
+        while len(heard) < count:
             heard.add(listener.recv(2048))
     except TimeoutError:
-        return len(heard)
+        pass
+    return len(heard)
 
 
 def leave_groups():

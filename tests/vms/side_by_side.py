@@ -112,7 +112,7 @@ def try_all(lab, agent):
     reached(f"IPv6 pings to {ADDRESSES} addresses (by multicast)", *own)
     agent.call("join_groups", device="eth0", count=GROUPS)
     far.call("send_to_groups", device=device, count=GROUPS)
-    results["IPv6 multicast groups, joined and heard"] = (agent.call("heard_groups"), GROUPS)
+    results["IPv6 multicast groups, joined and heard"] = (agent.call("heard_groups", count=GROUPS), GROUPS)
     agent.call("leave_groups")
     frame = (LLDP_ADDRESS + "0000000000aa" + f"{ETH_P_LLDP:04x}" + "0207040000000000aa0403074506020078").ljust(120, "0")
     agent.call("watch", name="lldp", device="eth0", protocol=ETH_P_LLDP, multicast=LLDP_ADDRESS)
