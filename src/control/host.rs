@@ -18,6 +18,7 @@ use crate::control::doctor;
 use crate::control::links::{
     LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, disable_ipv6, restore_ipv6,
 };
+use crate::control::mapping::PortConfig;
 use crate::sys::bpf::{
     self, AssemblyError, BpfError, Direction, ProgramKind, attach_beside_qdiscs, attach_tc,
     detach_tc, is_attached_tc, move_to_tcx, move_to_tcx_leaving_qdisc, remove_empty_qdisc,
@@ -415,6 +416,12 @@ impl Host {
     /// [`LinkError`].
     pub fn link(&mut self, index: u32) -> Result<LinkState, LinkError> {
         self.links.link(index)
+    }
+
+    /// What people should know of a port's device.
+    pub fn notes_about(&mut self, port: &PortConfig, link: &LinkState) -> Vec<String> {
+        let notes = doctor::notes_about(port, link, &mut self.links);
+        notes.iter().map(doctor::line).collect()
     }
 
     fn warn_about(&mut self, link: &LinkState) {

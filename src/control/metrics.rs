@@ -591,6 +591,7 @@ mod tests {
                 to_wire: Sent::default(),
             },
             ports,
+            removed: None,
             unmapped,
             workers: vec![Worker { load: 0.5 }],
         };

@@ -113,6 +113,9 @@ impl Daemon {
         let file = self.file_to_write(persist, persist::Change::Add(&config))?;
         let mut notes = self.take_ports(ports)?;
         notes.extend(self.write_down(file, persist::Change::Add(&config)));
+        if let Some(link) = self.monitor.links().by_name(&config.device).cloned() {
+            notes.extend(self.host.notes_about(&config, &link));
+        }
         Ok(PortReply { port: self.port_called(&config.device)?, notes: Some(notes) })
     }
 

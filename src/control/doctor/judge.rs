@@ -219,11 +219,7 @@ pub fn port_notes(
 
 /// What the host does with a device that it should not do with a port's; `master` is the
 /// name of the bridge or bond it is in.
-pub fn device_notes(
-    link: &LinkState,
-    master: Option<&str>,
-    addresses: &[IpAddr],
-) -> Vec<Finding> {
+pub fn device_notes(link: &LinkState, master: Option<&str>, addresses: &[IpAddr]) -> Vec<Finding> {
     let name = &link.name;
     let mut found = Vec::new();
     if link.master.is_some() {

@@ -81,7 +81,8 @@ fn healthy(map: &str) -> Facts {
         netlink_overruns: 0,
     };
     let workers = vec![Worker { load: 0.2 }];
-    let stats = Stats { time: 0, uplink, ports: vec![port], unmapped: vec![], workers };
+    let stats =
+        Stats { time: 0, uplink, ports: vec![port], removed: None, unmapped: vec![], workers };
     let tap = TapSettings {
         multi_queue: false,
         vnet_header: true,
