@@ -36,7 +36,7 @@
 //! | [`sys`] | the kernel's interfaces, one a file: rings, taps, BPF; all `unsafe` | `frame` |
 //! | [`port`] | what a worker moves frames between | `sys`, `switch`, `frame` |
 //! | [`dataplane`] | the worker's loop, bursts, pacing, counters | `port` and below |
-//! | [`control`] | command line and file, following the devices, the daemon, the report | all |
+//! | [`control`] | configuration, following the devices, the daemon, control socket, captures, metrics, doctor | all |
 //!
 //! Arrows never go back; `tests/layering.rs` reads the sources and sees to it.
 //! docs/architecture.md tells more of each.
