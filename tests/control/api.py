@@ -202,10 +202,11 @@ def streams(address):
         pieces += base64.b64decode(reply["pcapng"])
     # A section header, an interface, and at least three packets.
     assert pieces[:4] == b"\x0a\x0d\x0d\x0a", pieces[:16]
+    order = "big" if pieces[8:12] == b"\x1a\x2b\x3c\x4d" else "little"
     kinds, place = [], 0
     while place < len(pieces):
-        kinds.append(int.from_bytes(pieces[place:place + 4], sys.byteorder))
-        length = int.from_bytes(pieces[place + 4:place + 8], sys.byteorder)
+        kinds.append(int.from_bytes(pieces[place:place + 4], order))
+        length = int.from_bytes(pieces[place + 4:place + 8], order)
         assert length >= 12 and length % 4 == 0, (place, length)
         place += length
     assert place == len(pieces) and kinds.count(6) == 3, kinds
