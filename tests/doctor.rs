@@ -11,14 +11,17 @@
 
 mod lab;
 
+use clap::Parser;
 use lab::frames::{Frame, tag};
 use lab::{Daemon, Lab, eventually};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use vlanswitchd::control::cli::{Arguments, Config};
+use vlanswitchd::control::doctor;
 use vlanswitchd::sys::bpf::{Direction, detach_tc};
 
 /// A daemon with a control socket of its own.
@@ -225,6 +228,24 @@ fn what_is_seen_in_frames_is_told() {
         patient.finds(&line, &[&format!("the last from {}", source.join(":"))]);
     }
     patient.stop();
+}
+
+#[test]
+fn without_a_daemon_it_says_what_it_can() {
+    let socket = Path::new("/nowhere/control");
+    let broken = doctor::without_daemon(socket, Err("one thing\nanother"));
+    let about: Vec<&str> = broken.iter().map(|finding| finding.about.as_str()).collect();
+    assert_eq!(about, ["vlanswitchd", "configuration", "configuration"], "{broken:?}");
+    assert!(broken[0].what.contains("/nowhere/control"), "{broken:?}");
+
+    // lo is there on every host, and carries no Ethernet.
+    let words = ["vlanswitchd", "--uplink", "lo", "--map", "101=tap-none"];
+    let config = Config::try_from(Arguments::try_parse_from(words).unwrap()).unwrap();
+    let found = doctor::without_daemon(socket, Ok(&config));
+    assert!(
+        found.iter().any(|finding| finding.what.contains("not an Ethernet device")),
+        "{found:?}"
+    );
 }
 
 /// Looking at many devices takes the kernel a while; calls beside it do not wait for

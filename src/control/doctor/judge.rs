@@ -75,7 +75,7 @@ fn uplink_state(facts: &Facts) -> Vec<Finding> {
         "absent" => {
             ("the uplink is missing", "create it, or look for its driver in dmesg".to_owned())
         }
-        "down" => ("the uplink is down", format!("ip link set {name} up")),
+        "down" => ("the uplink is down", format!("`ip link set {name} up`")),
         "no_carrier" => {
             ("the uplink has no carrier", "look at the cable and the switch's port".to_owned())
         }
@@ -88,7 +88,7 @@ fn uplink_features(facts: &Facts) -> Vec<Finding> {
     let name = &facts.switch.stats.uplink.name;
     let features = &facts.host.features;
     let active = |feature: &str| features.get(feature).is_some_and(|state| state.active);
-    let switch = |feature: &str, to: &str| Some(format!("ethtool -K {name} {feature} {to}"));
+    let switch = |feature: &str, to: &str| Some(format!("`ethtool -K {name} {feature} {to}`"));
     let mut found = Vec::new();
     for feature in HARMFUL_FEATURES.into_iter().filter(|feature| active(feature)) {
         let what = format!("{feature} is on: the NIC loses or merges frames of mapped VLANs");
@@ -118,14 +118,14 @@ fn uplink_features(facts: &Facts) -> Vec<Finding> {
     if tags_stay && active("rx-gro") && !facts.host.has_8021q {
         let what = "tagged frames from the wire are not merged by GRO: the NIC leaves the tag in, and \
                     the kernel's 8021q, which knows it there, is not loaded";
-        found.push(finding(Note, name, what, Some("modprobe 8021q".to_owned())));
+        found.push(finding(Note, name, what, Some("`modprobe 8021q`".to_owned())));
     }
     let link = facts.switch.stats.uplink.ifindex.and_then(|index| facts.host.link(index));
     if let Some(size) = link.map(|link| link.gro_max_size).filter(|size| *size > SUPER_FRAME_MAX) {
         let what = format!(
             "GRO makes super-frames of up to {size} bytes: those over {SUPER_FRAME_MAX} are lost"
         );
-        let cure = format!("ip link set {name} gro_max_size 65536 gro_ipv4_max_size 65536");
+        let cure = format!("`ip link set {name} gro_max_size 65536 gro_ipv4_max_size 65536`");
         found.push(finding(Error, name, what, Some(cure)));
     }
     found
@@ -137,7 +137,7 @@ fn uplink_mtu(facts: &Facts) -> Vec<Finding> {
     let need = facts.switch.mtu_needed();
     let name = &uplink.name;
     let cure =
-        |needed| Some(format!("ip link set {name} mtu {needed}, or start with --set-uplink-mtu"));
+        |needed| Some(format!("`ip link set {name} mtu {needed}`, or start with --set-uplink-mtu"));
     if need.required > mtu {
         let what = format!(
             "its MTU of {mtu} is too small for full-size frames of guests with MTU 1500 behind the \
@@ -186,7 +186,7 @@ fn port_states(facts: &Facts) -> Vec<Finding> {
                 "down" => (
                     Warning,
                     "its device is down, and its guest without network",
-                    format!("ip link set {name} up"),
+                    format!("`ip link set {name} up`"),
                 ),
                 "no_carrier" => (
                     Note,
@@ -292,7 +292,7 @@ fn ports_devices(facts: &Facts) -> Vec<Finding> {
             let what = format!(
                 "its queueing discipline is {qdisc}: frames its guest has no room for vanish uncounted"
             );
-            let cure = format!("tc qdisc replace dev {} root noqueue", port.name);
+            let cure = format!("`tc qdisc replace dev {} root noqueue`", port.name);
             found.push(finding(Warning, &port.name, what, Some(cure)));
         }
         if state.tx_queue_len < SHORT_QUEUE {
@@ -300,7 +300,7 @@ fn ports_devices(facts: &Facts) -> Vec<Finding> {
                 "its guest's queue has room for {} frames, less than a burst",
                 state.tx_queue_len
             );
-            let cure = format!("ip link set {} txqueuelen 1000", port.name);
+            let cure = format!("`ip link set {} txqueuelen 1000`", port.name);
             found.push(finding(Warning, &port.name, what, Some(cure)));
         }
     }
@@ -326,7 +326,7 @@ fn seals(facts: &Facts) -> Vec<Finding> {
             let name = &port.name;
             let what = "its seal is missing: the guest's frames reach the host's IP stack";
             let cure =
-                format!("ip link set {name} down stops them; restart vlanswitchd to seal it");
+                format!("`ip link set {name} down` stops them; restart vlanswitchd to seal it");
             finding(Error, name, what, Some(cure))
         })
         .collect()
@@ -351,7 +351,7 @@ fn vlan_devices(facts: &Facts) -> Vec<Finding> {
                 vlan.vid, uplink.name
             );
             let cure =
-                format!("ip link delete {name}; for a host leg map {}=internal:NAME", vlan.vid);
+                format!("`ip link delete {name}`; for a host leg map {}=internal:NAME", vlan.vid);
             found.push(finding(Warning, name, what, Some(cure)));
         }
     }
