@@ -364,6 +364,14 @@ pub enum Request {
     /// Look at the host.
     #[serde(rename = "org.vlanswitchd.Examine")]
     Examine {},
+    /// Let another process go on.
+    #[serde(rename = "org.vlanswitchd.HandOver")]
+    HandOver {
+        /// The format it understands.
+        format: u32,
+        /// The uplink it is to serve.
+        uplink: String,
+    },
 }
 
 impl Request {
@@ -375,7 +383,8 @@ impl Request {
             | Self::RemovePort { .. }
             | Self::SetPort { .. }
             | Self::Capture(_)
-            | Self::ReloadConfig { .. } => true,
+            | Self::ReloadConfig { .. }
+            | Self::HandOver { .. } => true,
             Self::GetStatus {}
             | Self::ListPorts {}
             | Self::GetPort { .. }

@@ -63,6 +63,13 @@ pub struct Arguments {
     #[arg(long, value_name = "ADDR")]
     pub(super) metrics: Option<Metrics>,
 
+    /// Go on in place of the vlanswitchd that has the control socket, without losing a frame
+    ///
+    /// It hands over its rings and ends; after that this configuration is put in force. If
+    /// none runs, this is a start like any other.
+    #[arg(long)]
+    pub(super) takeover: bool,
+
     /// Log lines and counters for people, or as JSON objects [default: text]
     #[arg(long, value_enum)]
     pub(super) log_format: Option<LogFormat>,
@@ -76,6 +83,11 @@ impl Arguments {
     /// Whether the configuration is only to be checked.
     pub fn is_check(&self) -> bool {
         self.check
+    }
+
+    /// Whether to go on in another process's place.
+    pub fn is_takeover(&self) -> bool {
+        self.takeover
     }
 }
 

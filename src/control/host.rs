@@ -25,6 +25,7 @@ use crate::sys::bpf::{
     seal_program,
 };
 use crate::sys::ethtool::{self, EthtoolError, Features};
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -97,7 +98,7 @@ pub enum Sealing {
 }
 
 /// What to put back when a device we found is no longer a port.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FoundPort {
     index: u32,
     name: String,
@@ -110,12 +111,12 @@ pub struct FoundPort {
 }
 
 /// What to put back when the uplink is no longer one.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FoundUplink {
     index: u32,
     name: String,
     mtu: Option<u32>,
-    features: Vec<&'static str>,
+    features: Vec<String>,
 }
 
 impl FoundPort {
@@ -441,7 +442,7 @@ fn disarm(found: &mut FoundUplink) -> Result<(), EthtoolError> {
         if state.changeable {
             ethtool::set(&found.name, name, false)?;
             debug!("{}: switched {name} off", found.name);
-            found.features.push(name);
+            found.features.push(name.to_owned());
         } else {
             warn!("{}: {name} is on and cannot be switched off: it may lose frames", found.name);
         }

@@ -20,3 +20,4 @@ mod probe;
 pub mod report;
 pub mod server;
 pub mod start_error;
+mod takeover;

@@ -9,6 +9,7 @@ use crate::control::api::{Flow, Removed, Sent, Stats, Unmapped};
 use crate::dataplane::FlowSnapshot;
 use crate::frame::Tpid;
 use crate::port::DeviceState;
+use crate::switch::DropReason;
 use serde::Serialize;
 use std::fmt::Write as _;
 
@@ -71,6 +72,23 @@ impl From<FlowSnapshot> for Flow {
                 .collect(),
             send_error: flow.send_error.map(|errno| format!("{errno:?}: {}", errno.desc())),
         }
+    }
+}
+
+impl From<&Flow> for FlowSnapshot {
+    fn from(flow: &Flow) -> Self {
+        let mut snapshot = Self {
+            in_frames: flow.in_frames,
+            in_bytes: flow.in_bytes,
+            split_frames: flow.split_frames,
+            out_frames: flow.out_frames,
+            out_bytes: flow.out_bytes,
+            ..Self::default()
+        };
+        for (place, reason) in snapshot.drops.iter_mut().zip(DropReason::ALL) {
+            *place = flow.drops.get(reason.name()).copied().unwrap_or_default();
+        }
+        snapshot
     }
 }
 

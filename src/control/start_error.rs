@@ -4,6 +4,7 @@ use crate::control::host::HostError;
 use crate::control::links::LinkError;
 use crate::control::privileges::MissingCapabilities;
 use crate::control::server::SocketError;
+use crate::control::takeover::TakeOverError;
 use crate::dataplane::WorkerError;
 use crate::switch::Conflict;
 use crate::sys::bpf::BpfError;
@@ -82,6 +83,12 @@ pub enum StartError {
     /// No thread or descriptors.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// Nobody hands over.
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
+    /// What was taken over cannot become what is configured.
+    #[error("taken over, but not changed to this configuration: {0}")]
+    Change(String),
     /// A socket cannot be listened on.
     #[error(transparent)]
     Socket(#[from] SocketError),

@@ -119,6 +119,18 @@ impl FlowCounters {
         self.overruns.add(frames);
     }
 
+    /// Goes on from what another process has counted. Not while a worker counts.
+    pub fn restore(&self, flow: &FlowSnapshot) {
+        self.in_frames.add(flow.in_frames);
+        self.in_bytes.add(flow.in_bytes);
+        self.split_frames.add(flow.split_frames);
+        self.out_frames.add(flow.out_frames);
+        self.out_bytes.add(flow.out_bytes);
+        for (counter, frames) in self.drops.iter().zip(flow.drops) {
+            counter.add(frames);
+        }
+    }
+
     /// The values now.
     pub fn snapshot(&self) -> FlowSnapshot {
         let mut drops: [u64; DropReason::COUNT] = Default::default();

@@ -47,6 +47,8 @@ const DRAIN_TIME: Duration = Duration::from_millis(20);
 pub enum Command {
     /// Use this device for the port (`None`: for the uplink).
     Attach(Option<PortIndex>, Box<Device>),
+    /// Use all these devices, from one moment on: no frame meets some without others.
+    AttachAll(Vec<(Option<PortIndex>, Box<Device>)>),
     /// Forward what the device has received and give it back; answered by
     /// [`Notice::Departed`], also if there was none.
     Detach(Option<PortIndex>),
@@ -56,6 +58,8 @@ pub enum Command {
     Switch(Arc<Table>),
     /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
     Capture(Box<Sink>),
+    /// Give all devices back as they are, at once, and end: another process goes on.
+    Freeze,
     /// Forward what has arrived, give all devices back and end.
     Stop,
 }
@@ -147,7 +151,16 @@ impl WorkerHandle {
 
     /// Stops the worker and waits for it; returns the devices it still had.
     pub fn finish(self) -> Vec<Departed> {
-        self.send(Command::Stop);
+        self.end_by(Command::Stop)
+    }
+
+    /// Stops the worker where it is; returns the devices it had.
+    pub fn freeze(self) -> Vec<Departed> {
+        self.end_by(Command::Freeze)
+    }
+
+    fn end_by(self, command: Command) -> Vec<Departed> {
+        self.send(command);
         let _ = self.thread.join();
         let departed = self.notices.try_iter().filter_map(|notice| match notice {
             Notice::Departed(departed) => Some(departed),
@@ -389,6 +402,11 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Attach(port, device) => self.attach(port, device),
+                Command::AttachAll(devices) => {
+                    for (port, device) in devices {
+                        self.attach(port, device);
+                    }
+                }
                 Command::Detach(port) => self.detach(port, Instant::now() + DRAIN_TIME),
                 Command::Add(port, shared) => self.add(port, shared),
                 Command::Switch(table) => {
@@ -396,6 +414,10 @@ impl Worker {
                     let _ = self.notices.send(Notice::Switched);
                 }
                 Command::Capture(sink) => self.capture(sink),
+                Command::Freeze => {
+                    self.freeze();
+                    return ControlFlow::Break(());
+                }
                 Command::Stop => {
                     self.stop();
                     return ControlFlow::Break(());
@@ -476,10 +498,7 @@ impl Worker {
                 break;
             }
         }
-        let device = match port {
-            None => self.uplink.take(),
-            Some(port) => self.slots.get_mut(port).and_then(|slot| slot.device.take()),
-        };
+        let device = self.take_device(port);
         if let Some(device) = &device {
             if let Some(fd) = device.poll_fd() {
                 // Control may hold a duplicate that would keep the entry alive.
@@ -496,6 +515,20 @@ impl Worker {
             }
         }
         self.tell_departed(Departed { port, device, error: None });
+    }
+
+    fn freeze(&mut self) {
+        for port in (0..self.slots.len()).map(Some).chain([None]) {
+            let device = self.take_device(port);
+            self.tell_departed(Departed { port, device, error: None });
+        }
+    }
+
+    fn take_device(&mut self, port: Option<PortIndex>) -> Option<Box<Device>> {
+        match port {
+            None => self.uplink.take(),
+            Some(port) => self.slots.get_mut(port).and_then(|slot| slot.device.take()),
+        }
     }
 
     fn stop(&mut self) {

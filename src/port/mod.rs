@@ -139,6 +139,21 @@ impl Device {
         }
     }
 
+    /// Where in its ring it is, and how many slots that has; zeros without one.
+    pub fn position(&self) -> (usize, usize) {
+        match self {
+            Self::Netdev(port) => (port.receiver.position(), port.receiver.slots()),
+            Self::Internal(_) | Self::Memory(_) => (0, 0),
+        }
+    }
+
+    /// Goes on from a position in the ring.
+    pub fn resume_at(&mut self, position: usize) {
+        if let Self::Netdev(port) = self {
+            port.receiver.resume_at(position);
+        }
+    }
+
     /// Takes the error a vanished or downed device leaves behind.
     pub fn clear_error(&self) {
         if let Self::Netdev(port) = self {

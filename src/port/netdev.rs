@@ -3,6 +3,7 @@
 
 use crate::sys::bpf::UplinkFilter;
 use crate::sys::packet::{PacketError, Receiver, ReceiverOptions, Transmitter};
+use std::os::fd::OwnedFd;
 
 /// Slots in the uplink's ring: 8 MiB, a few milliseconds of small frames.
 const UPLINK_SLOTS: usize = 4096;
@@ -52,5 +53,24 @@ impl NetdevPort {
             },
         };
         Ok(Self { receiver: Receiver::open(index, &options)?, transmitter })
+    }
+
+    /// Attaches to the device with this index by a receiving socket that another
+    /// process has opened on it, with a ring of this many slots.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step that failed.
+    pub fn adopt(
+        index: u32,
+        socket: OwnedFd,
+        slots: usize,
+        options: NetdevOptions<'_>,
+    ) -> Result<Self, PacketError> {
+        let filter = match options {
+            NetdevOptions::Uplink(filter) => Some(filter),
+            NetdevOptions::Port => None,
+        };
+        let receiver = Receiver::adopt(socket, slots, filter)?;
+        Ok(Self { receiver, transmitter: Transmitter::open(index)? })
     }
 }

@@ -180,6 +180,39 @@ impl Receiver {
         Ok(Self { socket, ring, next: 0, taken: 0 })
     }
 
+    /// Takes a ring over that another process has opened, with this many slots. No frame
+    /// may be received before [`Receiver::resume_at`].
+    ///
+    /// # Errors
+    /// [`PacketError`] if the descriptor has no such ring.
+    pub fn adopt(
+        socket: OwnedFd,
+        slots: usize,
+        filter: Option<&UplinkFilter>,
+    ) -> Result<Self, PacketError> {
+        if slots == 0 || !slots.is_multiple_of(BURST) {
+            return Err(at("take over a receive ring")(Errno::EINVAL));
+        }
+        let ring = Ring::map(socket.as_fd(), slots)?;
+        if let Some(filter) = filter {
+            filter.attach(socket.as_fd()).map_err(|error| PacketError {
+                step: "attach the socket filter",
+                errno: error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw),
+            })?;
+        }
+        Ok(Self { socket, ring, next: 0, taken: 0 })
+    }
+
+    /// Where the next frame is expected.
+    pub fn position(&self) -> usize {
+        self.next
+    }
+
+    /// Goes on from where the process that had the ring stopped.
+    pub fn resume_at(&mut self, position: usize) {
+        self.next = position % self.ring.slots;
+    }
+
     /// Whether a frame is waiting: one look at memory.
     #[inline]
     pub fn is_ready(&self) -> bool {
@@ -311,6 +344,11 @@ impl AsFd for Receiver {
 pub struct KernelCounter(OwnedFd);
 
 impl KernelCounter {
+    /// The socket itself, to be handed over.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// What was counted since the last call: the kernel resets on reading.
     pub fn take(&self) -> KernelCount {
         let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
@@ -399,8 +437,13 @@ impl Ring {
         };
         set(socket, libc::SOL_PACKET, libc::PACKET_RX_RING, &request)
             .map_err(at("allocate the receive ring"))?;
-        // SAFETY: a new mapping at an address the kernel chooses; its length is
-        // that of the ring just allocated.
+        Self::map(socket, slots)
+    }
+
+    /// Maps the ring of a socket that has one of this many slots.
+    fn map(socket: BorrowedFd<'_>, slots: usize) -> Result<Self, PacketError> {
+        // SAFETY: a new mapping at an address the kernel chooses; the kernel refuses a
+        // length that is not that of the socket's ring (`packet_mmap`).
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),

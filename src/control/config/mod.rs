@@ -189,6 +189,11 @@ impl Config {
         }
     }
 
+    /// Whether to go on in place of a running vlanswitchd.
+    pub fn is_takeover(&self) -> bool {
+        self.arguments.is_takeover()
+    }
+
     fn load_from(arguments: Arguments, file: Option<PathBuf>) -> Result<Self, ConfigErrors> {
         let (told, faults) = file.as_deref().map(file::read).unwrap_or_default();
         let mut errors: Vec<ConfigError> = faults.into_iter().map(ConfigError::from).collect();

@@ -101,6 +101,7 @@ impl Daemon {
                 let reply = self.reload(dry_run.unwrap_or(false))?;
                 self.server.reply(client, &reply);
             }
+            Request::HandOver { format, uplink } => self.hand_over(client, format, &uplink)?,
             Request::Examine {} => self.examine(client)?,
         }
         Ok(())

@@ -41,6 +41,30 @@ pub struct Opened {
     device: Device,
 }
 
+impl Opened {
+    /// A device that another process has made ready.
+    ///
+    /// # Errors
+    /// [`StartError`] when out of file descriptors.
+    pub fn adopted(
+        position: PortIndex,
+        link: Option<LinkState>,
+        device: Device,
+    ) -> Result<Self, StartError> {
+        Ok(Self { position, counter: device.kernel_counter()?, link, device })
+    }
+
+    /// The port's position.
+    pub fn position(&self) -> PortIndex {
+        self.position
+    }
+
+    /// Goes on from a position in the device's ring.
+    pub fn resume_at(&mut self, next: usize) {
+        self.device.resume_at(next);
+    }
+}
+
 /// A port's device, made ready and not yet opened.
 #[derive(Debug)]
 struct Prepared {
@@ -154,7 +178,8 @@ impl Daemon {
         }
         if let Some(port) = self.ports.get_mut(position) {
             // Held here from now on, so that it is given back whatever happens next.
-            port.attached = Some(Attached { index: Some(link.index), counter: None, found });
+            let index = Some(link.index);
+            port.attached = Some(Attached { index, counter: None, queue: None, slots: 0, found });
         }
         Ok(Prepared { position, link })
     }
@@ -169,7 +194,9 @@ impl Daemon {
             self.created.push(CreatedTap { name: name.to_owned(), index });
         }
         if let Some(port) = self.ports.get_mut(position) {
-            port.attached = Some(Attached { index: None, counter: None, found: None });
+            let queue = queue.fd.try_clone().ok();
+            let attached = Attached { index: None, counter: None, queue, slots: 0, found: None };
+            port.attached = Some(attached);
         }
         let device = Device::Internal(InternalPort::new(queue.fd));
         Ok(Opened { position, counter: None, link: None, device })
@@ -177,6 +204,18 @@ impl Daemon {
 
     /// Gives opened devices to the worker, which must know their ports.
     pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) {
+        for (port, device) in self.enter_ports(opened) {
+            self.command(Command::Attach(port, device));
+        }
+    }
+
+    /// Enters opened devices in our books, from which moment frames for them are not
+    /// `guest_absent`. Returns them for the worker.
+    pub(super) fn enter_ports(
+        &mut self,
+        opened: Vec<Opened>,
+    ) -> Vec<(Option<PortIndex>, Box<Device>)> {
+        let mut devices = Vec::with_capacity(opened.len());
         for Opened { position, counter, link, device } in opened {
             let now = link.map(|link| self.host.link(link.index).unwrap_or(link));
             if let Some(port) = self.ports.get_mut(position) {
@@ -188,10 +227,12 @@ impl Daemon {
                 port.watched.see_state(port.shared.link.state());
                 if let Some(attached) = &mut port.attached {
                     attached.counter = counter;
+                    attached.slots = device.position().1;
                 }
             }
-            self.command(Command::Attach(Some(position), Box::new(device)));
+            devices.push((Some(position), Box::new(device)));
         }
+        devices
     }
 
     /// Attaches a device that has just appeared.
@@ -240,6 +281,7 @@ impl Daemon {
                 return Err(error);
             }
         };
+        self.uplink.slots = device.position().1;
         let now = self.host.link(link.index).unwrap_or_else(|_| link.clone());
         publish(&self.uplink.shared.link, Some(&now));
         self.uplink.watched.see_state(self.uplink.shared.link.state());
@@ -249,6 +291,13 @@ impl Daemon {
         self.uplink.attached = Some((link.index, counter, found));
         self.command(Command::Attach(None, Box::new(device)));
         Ok(())
+    }
+
+    /// Takes note of an uplink that was taken over.
+    pub(super) fn uplink_is_there(&mut self) {
+        let Some((index, ..)) = &self.uplink.attached else { return };
+        publish(&self.uplink.shared.link, self.monitor.links().by_index(*index));
+        self.uplink.watched.see_state(self.uplink.shared.link.state());
     }
 
     pub(super) fn command(&self, command: Command) {

@@ -10,6 +10,7 @@ mod capturing;
 mod change;
 mod devices;
 mod examine;
+mod handing;
 mod ports;
 mod watch;
 
@@ -28,14 +29,16 @@ use capturing::Captures;
 use change::Claims;
 use devices::CreatedTap;
 use examine::Examinations;
+use handing::Inheritance;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use ports::Ports;
+use std::collections::HashMap;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::Arc;
@@ -58,6 +61,8 @@ struct Uplink {
     shared: Arc<UplinkShared>,
     filter: UplinkFilter,
     mtu: Option<u32>,
+    /// Slots of its ring.
+    slots: usize,
     attached: Option<(u32, Option<KernelCounter>, FoundUplink)>,
     watched: Watched,
 }
@@ -91,7 +96,9 @@ pub struct Daemon {
     captures: Captures,
     examinations: Examinations,
     /// Held for as long as the uplink is ours.
-    _claim: UnixListener,
+    claim: OwnedFd,
+    /// Another process has gone on in our place.
+    handed_over: bool,
 }
 
 impl Daemon {
@@ -105,11 +112,13 @@ impl Daemon {
         let signals = block_signals()?;
         let monitor = LinkMonitor::new()?;
         checks::devices(&config, monitor.links())?;
-        let claim = claim_uplink(&config.uplink)?;
         let probe = probe::start();
         let poll = Poll::new()?;
         let examinations = Examinations::new(&poll, EXAMINED)?;
-        let server = listen(&config, &poll)?;
+        let (wanted, inherited) = Inheritance::ask(config)?;
+        let Inheritance { config, take, listeners, claim, descriptors } = inherited;
+        let claim = claim.map_or_else(|| claim_uplink(&config.uplink).map(OwnedFd::from), Ok)?;
+        let server = listen(&config, &poll, listeners)?;
         let filter = UplinkFilter::new()?;
         for (tpid, vid) in config.table.claims() {
             filter.claim(tpid.index(), vid.get(), true)?;
@@ -134,7 +143,7 @@ impl Daemon {
             started: wall_clock(),
             host: Host::new()?,
             monitor,
-            uplink: Uplink { shared, filter, mtu, attached: None, watched },
+            uplink: Uplink { shared, filter, mtu, slots: 0, attached: None, watched },
             ports,
             claims,
             worker: Some(worker.spawn(commands, notices)?),
@@ -149,26 +158,36 @@ impl Daemon {
             server,
             captures: Captures::default(),
             examinations,
-            _claim: claim,
+            claim,
+            handed_over: false,
         };
+        if let Some(take) = take {
+            daemon.go_on(take, descriptors)?;
+        }
         match daemon.attach_all() {
-            Ok(()) => Ok(daemon),
+            Ok(()) => {}
             Err(error) => {
                 daemon.stop();
                 daemon.remove_created(0);
-                Err(error)
+                return Err(error);
             }
         }
+        if let Some(wanted) = wanted {
+            daemon.become_config(wanted).map_err(|error| StartError::Change(error.to_string()))?;
+        }
+        Ok(daemon)
     }
 
     fn attach_all(&mut self) -> Result<(), StartError> {
         let registry = self.poll.registry();
         registry.register(&mut SourceFd(&self.signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         registry.register(&mut SourceFd(&self.monitor.as_raw_fd()), LINKS, Interest::READABLE)?;
-        let opened = self.open_ports(&self.ports.positions())?;
+        let opened = self.open_ports(&self.ports.without_device())?;
         self.attach_ports(opened);
         // The uplink comes last, so that no frame meets a port not yet attached.
-        if let Some(link) = self.monitor.links().by_name(&self.name).cloned() {
+        if let Some(link) = self.monitor.links().by_name(&self.name).cloned()
+            && self.uplink.attached.is_none()
+        {
             self.attach_uplink(&link)?;
         }
         // Carrier and state may have changed through what was set just now.
@@ -188,6 +207,11 @@ impl Daemon {
     ) -> io::Result<()> {
         announce(&self.banner());
         let result = self.react(&mut show);
+        if self.handed_over {
+            // Everything is the other process's now: nothing is put back.
+            self.server.leave_files();
+            return result;
+        }
         self.stop();
         show(&self.report());
         result
@@ -233,6 +257,9 @@ impl Daemon {
                 }
             }
             self.serve(now);
+            if self.handed_over {
+                return Ok(());
+            }
         }
     }
 
@@ -293,10 +320,14 @@ impl Daemon {
 }
 
 /// Listens on the sockets of the configuration.
-fn listen(config: &Config, poll: &Poll) -> Result<Server, StartError> {
+fn listen(
+    config: &Config,
+    poll: &Poll,
+    mut inherited: HashMap<String, OwnedFd>,
+) -> Result<Server, StartError> {
     let mut listeners = Vec::new();
     if let Some(path) = config.control.path() {
-        match bind_control(path) {
+        match bind_control(path, &mut inherited) {
             Ok(listener) => listeners.push(listener),
             // Nobody asked for it: the switch can do without.
             Err(error) if !config.control_is_given() => {
@@ -307,8 +338,8 @@ fn listen(config: &Config, poll: &Poll) -> Result<Server, StartError> {
     }
     match &config.metrics {
         Metrics::Off => {}
-        Metrics::Tcp(address) => listeners.push(bind_metrics_tcp(*address)?),
-        Metrics::Unix(path) => listeners.push(bind_metrics_unix(path)?),
+        Metrics::Tcp(address) => listeners.push(bind_metrics_tcp(*address, &mut inherited)?),
+        Metrics::Unix(path) => listeners.push(bind_metrics_unix(path, &mut inherited)?),
     }
     Ok(Server::new(listeners, poll.registry(), SERVER)?)
 }

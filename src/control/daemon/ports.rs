@@ -8,6 +8,7 @@ use crate::control::mapping::PortConfig;
 use crate::dataplane::PortShared;
 use crate::switch::PortIndex;
 use crate::sys::packet::KernelCounter;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// A port.
@@ -42,6 +43,10 @@ pub struct Attached {
     pub index: Option<u32>,
     /// The kernel's own counts.
     pub counter: Option<KernelCounter>,
+    /// An internal port's tap, to be handed over.
+    pub queue: Option<OwnedFd>,
+    /// Slots of its ring.
+    pub slots: usize,
     /// What to put back.
     pub found: Option<FoundPort>,
 }
@@ -91,9 +96,10 @@ impl Ports {
         ports.filter_map(|(position, port)| Some((position, port.as_mut()?)))
     }
 
-    /// All positions, in the order of the configuration.
-    pub fn positions(&self) -> Vec<PortIndex> {
-        self.order.clone()
+    /// Positions of ports without a device, in the order of the configuration.
+    pub fn without_device(&self) -> Vec<PortIndex> {
+        let ports = self.iter().filter(|(_, port)| port.attached.is_none());
+        ports.map(|(position, _)| position).collect()
     }
 
     /// The port configured for a device of this name.

@@ -5,13 +5,14 @@
 //! (net/ipv6/addrconf.c). The kernel shows each process the devices of its own
 //! network namespace there.
 
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::{fs, io};
 
 use super::LinkError;
 
 /// What `disable_ipv6` was before, for [`restore_ipv6`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PreviousIpv6 {
     /// The device has no IPv6 at all: switched off at boot, not compiled in, or an
     /// MTU below the 1280 bytes it needs.

@@ -33,7 +33,7 @@ use serde::Serialize;
 use socket::Listener;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use tracing::{debug, warn};
@@ -242,6 +242,18 @@ impl Server {
         client.into_unix_stream()
     }
 
+    /// The listening sockets, by their names between two processes.
+    pub fn listeners(&self) -> impl Iterator<Item = (String, BorrowedFd<'_>)> {
+        self.listeners.iter().map(|listener| (listener.place(), listener.as_fd()))
+    }
+
+    /// Leaves the sockets' files when they are closed: another process has them.
+    pub fn leave_files(&mut self) {
+        for listener in &mut self.listeners {
+            listener.leave_file();
+        }
+    }
+
     /// How many clients there are.
     pub fn clients(&self) -> usize {
         self.clients.iter().flatten().count()
@@ -300,6 +312,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
     use super::*;
     use mio::{Events, Poll};
+    use std::collections::HashMap;
     use std::io::{Read, Write};
     use std::path::PathBuf;
 
@@ -323,7 +336,7 @@ mod tests {
         }
 
         fn control(name: &str) -> Self {
-            Self::new(name, |path| bind_control(path).unwrap())
+            Self::new(name, |path| bind_control(path, &mut HashMap::new()).unwrap())
         }
 
         fn connect(&self) -> UnixStream {
@@ -378,7 +391,8 @@ mod tests {
 
     #[test]
     fn who_comes_for_metrics_and_asks_nothing_goes_too() {
-        let mut bench = Bench::new("metrics", |path| bind_metrics_unix(path).unwrap());
+        let mut bench =
+            Bench::new("metrics", |path| bind_metrics_unix(path, &mut HashMap::new()).unwrap());
         let _silent = bench.connect();
         bench.turn(0);
         assert_eq!(bench.server.clients(), 1);

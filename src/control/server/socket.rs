@@ -11,11 +11,12 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Group, chown};
+use std::collections::HashMap;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -70,31 +71,44 @@ enum Socket {
 ///
 /// # Errors
 /// [`SocketError`].
-pub fn bind_control(path: &Path) -> Result<Listener, SocketError> {
-    bind_unix("control", path, 0o660, |gid| Protocol::Varlink { gid })
+pub fn bind_control(
+    path: &Path,
+    inherited: &mut HashMap<String, OwnedFd>,
+) -> Result<Listener, SocketError> {
+    bind_unix(inherited, "control", path, 0o660, |gid| Protocol::Varlink { gid })
 }
 
 /// Listens for readers of metrics on a unix socket.
 ///
 /// # Errors
 /// [`SocketError`].
-pub fn bind_metrics_unix(path: &Path) -> Result<Listener, SocketError> {
-    bind_unix("metrics", path, 0o666, |_| Protocol::Http)
+pub fn bind_metrics_unix(
+    path: &Path,
+    inherited: &mut HashMap<String, OwnedFd>,
+) -> Result<Listener, SocketError> {
+    bind_unix(inherited, "metrics", path, 0o666, |_| Protocol::Http)
 }
 
 /// Listens for readers of metrics on a TCP port.
 ///
 /// # Errors
 /// [`SocketError`].
-pub fn bind_metrics_tcp(address: SocketAddr) -> Result<Listener, SocketError> {
+pub fn bind_metrics_tcp(
+    address: SocketAddr,
+    inherited: &mut HashMap<String, OwnedFd>,
+) -> Result<Listener, SocketError> {
     let unusable =
         |reason| SocketError::Unusable { option: "metrics", place: address.to_string(), reason };
-    let socket = TcpListener::bind(address).map_err(unusable)?;
+    let socket = match inherited.remove(&place("metrics", &address)) {
+        Some(socket) => TcpListener::from(socket),
+        None => TcpListener::bind(address).map_err(unusable)?,
+    };
     socket.set_nonblocking(true).map_err(unusable)?;
     Ok(Listener { socket: Socket::Tcp(socket), protocol: Protocol::Http, file: None })
 }
 
 fn bind_unix(
+    inherited: &mut HashMap<String, OwnedFd>,
     option: &'static str,
     path: &Path,
     mode: u32,
@@ -105,6 +119,24 @@ fn bind_unix(
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         fs::create_dir_all(folder).map_err(unusable)?;
     }
+    let socket = match inherited.remove(&place(option, &path.display())) {
+        Some(socket) => UnixListener::from(socket),
+        None => bind_anew(option, path, mode)?,
+    };
+    let metadata = fs::metadata(path).map_err(unusable)?;
+    let protocol = protocol(Gid::from_raw(metadata.gid()).as_raw());
+    let file = Some((path.to_owned(), metadata.ino()));
+    Ok(Listener { socket: Socket::Unix(socket), protocol, file })
+}
+
+/// The name of a listening socket between two processes.
+fn place(option: &str, address: &impl fmt::Display) -> String {
+    format!("{option} {address}")
+}
+
+fn bind_anew(option: &'static str, path: &Path, mode: u32) -> Result<UnixListener, SocketError> {
+    let unusable =
+        |reason| SocketError::Unusable { option, place: path.display().to_string(), reason };
     let socket = match listen_at(path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             if UnixStream::connect(path).is_ok() {
@@ -124,10 +156,7 @@ fn bind_unix(
         // Without the right to give it away it stays ours.
         let _ = chown(path, None, Some(group.gid));
     }
-    let metadata = fs::metadata(path).map_err(unusable)?;
-    let protocol = protocol(Gid::from_raw(metadata.gid()).as_raw());
-    let file = Some((path.to_owned(), metadata.ino()));
-    Ok(Listener { socket: Socket::Unix(socket), protocol, file })
+    Ok(socket)
 }
 
 fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
@@ -141,6 +170,20 @@ fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
 }
 
 impl Listener {
+    /// Its name between two processes.
+    pub fn place(&self) -> String {
+        let option = match self.protocol {
+            Protocol::Varlink { .. } => "control",
+            Protocol::Http => "metrics",
+        };
+        place(option, self)
+    }
+
+    /// Leaves its file where it is when it is closed: another process has it.
+    pub fn leave_file(&mut self) {
+        self.file = None;
+    }
+
     /// The next connection; `None` if nobody waits.
     ///
     /// # Errors
@@ -183,6 +226,15 @@ impl Listener {
                 Protocol::Varlink { gid: ours.map_or(gid, |metadata| metadata.gid()) }
             }
             (protocol, _) => protocol,
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Unix(socket) => socket.as_fd(),
+            Socket::Tcp(socket) => socket.as_fd(),
         }
     }
 }

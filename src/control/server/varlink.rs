@@ -65,6 +65,12 @@ impl Refusal {
         Self::of_ours("NoSuchPort", "name", name)
     }
 
+    /// Another format of the hand-over is wanted than there is.
+    pub fn other_format(format: u32) -> Self {
+        let error = format!("{INTERFACE}.OtherFormat");
+        Self { error, parameters: json!({ "format": format }) }
+    }
+
     /// What was asked for makes no sense or cannot work.
     pub fn refused(message: impl ToString) -> Self {
         Self::of_ours("Refused", "message", &message.to_string())
@@ -240,7 +246,7 @@ mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix("method ")?.split('(').next())
             .collect();
-        assert_eq!(methods.len(), 13);
+        assert_eq!(methods.len(), 14);
         for method in methods {
             // With every parameter there is, of a wrong type for each: a method without
             // a type would be an unknown variant.

@@ -1,0 +1,265 @@
+//! Taking over from a running vlanswitchd without losing a frame (`--takeover`).
+//!
+//! # Theory of operation
+//!
+//! A packet socket and its ring outlive a process as long as another one holds the
+//! descriptor, and the kernel goes on filling the ring. So the new process asks the
+//! old one, over its control socket, for all descriptors and for what it knows
+//! ([`State`]); maps the rings, opens what it needs besides, and only then says that
+//! it is ready. The old one stops its worker between two bursts and answers where in
+//! each ring it stopped ([`Last`]). What arrives in between waits in the rings. If the
+//! new process goes away before it is ready, the old one goes on as if nothing had
+//! happened.
+//!
+//! [`FORMAT`] changes with every change of meaning here. A process that is asked for a
+//! format it does not have refuses; the new one then tells it to end, and starts cold.
+
+use crate::control::api::{Flow, INTERFACE, Removed};
+use crate::control::host::{FoundPort, FoundUplink};
+use crate::sys::hand_over;
+use crate::sys::peer::Peer;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use tracing::warn;
+
+/// The format of what is handed over.
+pub const FORMAT: u32 = 1;
+/// How long each side waits for the other.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What the new process says when it is ready.
+const READY: u8 = b'!';
+/// An answer longer than this is none, in bytes.
+const ANSWER_MAX: usize = 64 << 10;
+
+/// A device that is handed over; its descriptor is the next of the message's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// Interface index; none for a tap held by its descriptor.
+    pub index: Option<u32>,
+    /// Slots of its ring.
+    pub slots: usize,
+}
+
+/// A port, as the old process has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PortState {
+    /// Its configuration, as `--map` takes it, with the TPID spelled out.
+    pub map: String,
+    /// Its device, if attached.
+    pub device: Option<DeviceState>,
+    /// What to put back.
+    pub found: Option<FoundPort>,
+}
+
+/// What the old process knows.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct State {
+    /// Its version.
+    pub version: String,
+    /// Name of the uplink.
+    pub uplink: String,
+    /// The uplink's device, if attached, and what to put back.
+    pub device: Option<(DeviceState, FoundUplink)>,
+    /// The ports, in their order.
+    pub ports: Vec<PortState>,
+    /// The places of its listening sockets: their descriptors come first, then the
+    /// claim to the uplink, then the uplink's, then the ports'.
+    pub listeners: Vec<String>,
+}
+
+/// What the old process counted, and where it stopped.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Last {
+    /// When its worker stopped, by the clock all processes share ([`clock`]).
+    pub stopped: u64,
+    /// The next slot of the uplink's ring.
+    pub next: usize,
+    /// What came from the wire.
+    pub from_wire: Flow,
+    /// For each port the next slot of its ring, and what was counted.
+    pub ports: Vec<(usize, Flow, Flow)>,
+    /// Ports removed meanwhile.
+    pub removed: Option<Removed>,
+}
+
+/// The new process's side of a hand-over under way.
+#[derive(Debug)]
+pub struct TakeOver {
+    stream: UnixStream,
+    /// What the old process knows.
+    pub state: State,
+    /// The descriptors, in the order [`State`] tells.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// A hand-over that does not come about.
+#[derive(Debug, Error)]
+pub enum TakeOverError {
+    /// The other process serves another uplink.
+    #[error(
+        "--takeover: the vlanswitchd at {socket} serves uplink {other}: name its socket with --control"
+    )]
+    OtherUplink {
+        /// The control socket asked.
+        socket: String,
+        /// Its uplink.
+        other: String,
+    },
+    /// It does not let us.
+    #[error("--takeover: the vlanswitchd at {socket} refuses: {why}")]
+    Refused {
+        /// The control socket asked.
+        socket: String,
+        /// What it said.
+        why: String,
+    },
+    /// The connection broke.
+    #[error("--takeover: {socket}: {reason}")]
+    Broken {
+        /// The control socket asked.
+        socket: String,
+        /// What the system said.
+        reason: io::Error,
+    },
+}
+
+impl TakeOver {
+    /// Asks whoever runs at this control socket. `None` if nobody does, or if it was
+    /// of another kind and has ended.
+    ///
+    /// # Errors
+    /// [`TakeOverError`]; the other process goes on.
+    pub fn ask(socket: &Path, uplink: &str) -> Result<Option<Self>, TakeOverError> {
+        let place = || socket.display().to_string();
+        let broken = |reason| TakeOverError::Broken { socket: place(), reason };
+        let Ok(mut stream) = UnixStream::connect(socket) else {
+            warn!("--takeover: no vlanswitchd runs at {}: starting without one", place());
+            return Ok(None);
+        };
+        stream.set_read_timeout(Some(PATIENCE)).map_err(broken)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(broken)?;
+        let call = serde_json::json!({
+            "method": format!("{INTERFACE}.HandOver"),
+            "parameters": { "format": FORMAT, "uplink": uplink },
+        });
+        stream.write_all(format!("{call}\0").as_bytes()).map_err(broken)?;
+        let answer = read_answer(&mut stream).map_err(broken)?;
+        match answer.get("error").and_then(serde_json::Value::as_str) {
+            None => {}
+            Some(error)
+                if error.ends_with(".MethodNotFound") || error.ends_with(".OtherFormat") =>
+            {
+                warn!(
+                    "--takeover: the vlanswitchd at {} is of a version that cannot hand over to \
+                     this one: ending it and starting without its rings; frames in between are lost",
+                    place()
+                );
+                end(&stream).map_err(broken)?;
+                return Ok(None);
+            }
+            Some(error) => {
+                let message = answer.pointer("/parameters/message");
+                let message = message.and_then(serde_json::Value::as_str).unwrap_or(error);
+                return Err(TakeOverError::Refused { socket: place(), why: message.to_owned() });
+            }
+        }
+        let (state, descriptors) = receive::<State>(&mut stream).map_err(broken)?;
+        if state.uplink != uplink {
+            return Err(TakeOverError::OtherUplink { socket: place(), other: state.uplink });
+        }
+        Ok(Some(Self { stream, state, descriptors }))
+    }
+
+    /// Says that everything is ready; the old process stops. From now on the frames
+    /// are ours.
+    ///
+    /// # Errors
+    /// The connection's: the old process has gone, and how far it came is unknown.
+    pub fn finish(mut self) -> io::Result<Last> {
+        self.stream.write_all(&[READY])?;
+        receive::<Last>(&mut self.stream).map(|(last, _)| last)
+    }
+}
+
+/// Gives the new process what it needs, and waits until it is ready.
+///
+/// # Errors
+/// The connection's: the new process has gone.
+pub fn offer(
+    stream: &mut UnixStream,
+    state: &State,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    send(stream, state, descriptors)?;
+    let mut ready = [0];
+    stream.read_exact(&mut ready)?;
+    if ready == [READY] { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+/// Tells the new process where this one stopped.
+///
+/// # Errors
+/// The connection's.
+pub fn conclude(stream: &mut UnixStream, last: &Last) -> io::Result<()> {
+    send(stream, last, &[])
+}
+
+fn send(
+    stream: &mut UnixStream,
+    value: &impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    hand_over::send(stream, &serde_json::to_vec(value)?, descriptors)
+}
+
+fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<(T, Vec<OwnedFd>)> {
+    let (bytes, descriptors) = hand_over::receive(stream)?;
+    Ok((serde_json::from_slice(&bytes)?, descriptors))
+}
+
+/// Nanoseconds since the host started, the same in every process.
+pub fn clock() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap_or(TimeSpec::new(0, 0));
+    Duration::from(now).as_nanos() as u64
+}
+
+/// One answer, and not a byte more: what follows is no varlink.
+fn read_answer(stream: &mut UnixStream) -> io::Result<serde_json::Value> {
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    loop {
+        stream.read_exact(&mut byte)?;
+        match byte {
+            [0] => return Ok(serde_json::from_slice(&answer)?),
+            [other] if answer.len() < ANSWER_MAX => answer.push(other),
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+/// Ends the process at the other end, and waits until it is gone.
+fn end(stream: &UnixStream) -> io::Result<()> {
+    let peer = Peer::of(stream)?;
+    kill(Pid::from_raw(peer.pid), Signal::SIGTERM)?;
+    let deadline = Instant::now() + PATIENCE;
+    while fs::exists(format!("/proc/{}", peer.pid))? {
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

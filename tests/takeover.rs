@@ -1,0 +1,274 @@
+//! One vlanswitchd goes on in place of another: every frame arrives once, VMs notice
+//! nothing, and nothing is put back in between.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests fail by panicking"
+)]
+
+mod lab;
+
+use lab::frames::{Frame, TagBytes, tag};
+use lab::{Daemon, Lab, eventually};
+use nix::sys::signal::Signal;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use vlanswitchd::control::api::{PortsReply, Request, StatsReply};
+use vlanswitchd::control::client::Client;
+
+const VLAN: TagBytes = tag(0x8100, 101);
+/// Frames on their way at most: the rings hold them while nobody forwards.
+const WINDOW: u64 = 500;
+
+struct Place {
+    folder: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { folder: TempDir::new().unwrap() }
+    }
+
+    fn control(&self) -> PathBuf {
+        self.folder.path().join("control")
+    }
+
+    fn start(&self, lab: &Lab, arguments: &[&str]) -> Daemon {
+        let control = self.control().display().to_string();
+        let metrics = format!("unix:{}", self.folder.path().join("metrics").display());
+        let mut all = vec!["-v", "--control", &control, "--metrics", &metrics];
+        all.extend(arguments);
+        lab.daemon(&all)
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.control()).unwrap()
+    }
+}
+
+/// Waits for a daemon that has handed over.
+fn ended(mut daemon: Daemon) -> Vec<String> {
+    let status = eventually("it ends", || daemon.ended());
+    assert!(status.success(), "{status}: {:?}", daemon.stderr());
+    daemon.stderr()
+}
+
+/// Microseconds frames had to wait, as the daemon says.
+fn gap(daemon: &Daemon) -> u64 {
+    let lines = daemon.stderr();
+    let line = lines.iter().find(|line| line.contains("frames waited for"));
+    let line = line.unwrap_or_else(|| panic!("not taken over: {lines:?}"));
+    let words = line.split("frames waited for ").nth(1).unwrap();
+    words.split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn every_frame_arrives_once_through_many_restarts() {
+    const RESTARTS: usize = 25;
+    let lab = Lab::new();
+    let place = Place::new();
+    let maps = ["--map", "101=t0", "--map", "102=t1,mode=access", "--map", "55=internal:leg0"];
+    let mut daemon = place.start(&lab, &maps);
+    let guest = lab.raw_guest("t0");
+    daemon.attached(&["t0"]);
+    let wire = lab.wire();
+    let (stop, down, up) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let begin = Instant::now();
+    let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
+        let mut number = 0;
+        while !stop.load(Ordering::Relaxed) {
+            if number - arrived.load(Ordering::Relaxed) < WINDOW {
+                number += 1;
+                send(number);
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        number
+    };
+    let receive = |arrived: &AtomicU64, receive: &dyn Fn() -> Option<Vec<u8>>| {
+        while let Some(bytes) = receive() {
+            let expected = arrived.load(Ordering::Relaxed) + 1;
+            assert_eq!(Frame::read(&bytes).number(), expected);
+            arrived.store(expected, Ordering::Relaxed);
+        }
+    };
+    let patience = Duration::from_secs(2);
+    let mut gaps = Vec::new();
+    let (sent, last) = std::thread::scope(|scope| {
+        let senders = [
+            scope.spawn(|| send(&down, &|n| wire.send(&Frame::numbered(n).tags(&[VLAN])))),
+            scope.spawn(|| send(&up, &|n| guest.send(&Frame::numbered(n).reversed()))),
+        ];
+        let receivers = [
+            scope.spawn(|| receive(&down, &|| guest.receive_within(patience))),
+            scope.spawn(|| receive(&up, &|| wire.receive_within(patience))),
+        ];
+        struct Stop<'s>(&'s AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let stopping = Stop(&stop);
+        for _ in 0..RESTARTS {
+            let next = place.start(&lab, &[&maps[..], &["--takeover"]].concat());
+            ended(std::mem::replace(&mut daemon, next));
+            gaps.push(gap(&daemon));
+            let before = [down.load(Ordering::Relaxed), up.load(Ordering::Relaxed)];
+            eventually("frames flow on both ways", || {
+                (down.load(Ordering::Relaxed) > before[0] && up.load(Ordering::Relaxed) > before[1])
+                    .then_some(())
+            });
+        }
+        drop(stopping);
+        let sent = senders.map(|sender| sender.join().unwrap());
+        for receiver in receivers {
+            receiver.join().unwrap();
+        }
+        (sent, daemon)
+    });
+    let arrived = [down.into_inner(), up.into_inner()];
+    assert_eq!(arrived, sent, "arrived and sent, to the guest and from it");
+    gaps.sort_unstable();
+    let rate = (arrived[0] + arrived[1]) as f64 / begin.elapsed().as_secs_f64();
+    println!("{RESTARTS} restarts at {rate:.0} frames a second: gaps in us {gaps:?}");
+    // The counters went on too, and what the last one gives back is what the first found.
+    let summary = last.stop();
+    let port = summary.port("t0");
+    assert_eq!((port.from_guest.in_frames, port.to_guest.in_frames), (sent[1], sent[0]));
+    assert_eq!((port.from_guest.all_drops(), port.to_guest.all_drops()), (0, 0));
+    assert_eq!(summary.to_wire.out_frames, sent[1]);
+}
+
+/// The new configuration is put in force after the old one's rings were taken over.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_new_configuration_comes_with_the_new_process() {
+    let lab = Lab::new();
+    let place = Place::new();
+    lab.host.ip("tuntap add found0 mode tap");
+    let before = lab.host.ip("-d link show found0");
+    let old = place.start(&lab, &["--map", "101=t0", "--map", "102=found0", "--tpid", "0x88a8"]);
+    let control = place.control();
+    let new = place.start(
+        &lab,
+        &[
+            "--takeover",
+            "--map",
+            "103=t0,mode=access",
+            "--map",
+            "104=t2",
+            "--map",
+            "55=internal:leg0",
+        ],
+    );
+    ended(old);
+    let mut client = Client::connect(&control).unwrap();
+    let ports = client.call(&Request::ListPorts {}).unwrap().read::<PortsReply>().unwrap().ports;
+    let maps: Vec<String> = ports.into_iter().map(|port| port.map).collect();
+    assert_eq!(maps, ["103=t0,mode=access", "104=t2", "55=internal:leg0"]);
+    // What the first one found and the second does not want is as it was.
+    lab::assert_same(&before, &lab.host.ip("-d link show found0"));
+    let guest = lab.raw_guest("t0");
+    new.attached(&["t0"]);
+    lab.wire().send(&Frame::numbered(7).tags(&[tag(0x8100, 103)]));
+    assert_eq!(guest.receive_until(7).len(), 1);
+    // The metrics socket went along.
+    assert!(place.folder.path().join("metrics").exists());
+    new.stop();
+    assert!(!control.exists() && !place.folder.path().join("metrics").exists());
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn without_anybody_there_it_is_a_start_like_any_other() {
+    let lab = Lab::new();
+    let place = Place::new();
+    let daemon = place.start(&lab, &["--takeover", "--map", "101=t0"]);
+    assert!(daemon.stderr().iter().any(|line| line.contains("no vlanswitchd runs at")));
+    daemon.stop();
+}
+
+/// The one that runs goes on as if nothing had been asked.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn who_cannot_go_on_leaves_the_other_in_peace() {
+    let lab = Lab::new();
+    let place = Place::new();
+    let old = place.start(&lab, &["--map", "101=t0"]);
+    let guest = lab.raw_guest("t0");
+    old.attached(&["t0"]);
+    let control = place.control().display().to_string();
+    lab.host.ip("link add up1 type veth peer name far1");
+    let refused = lab.failing_daemon(&[
+        "--takeover",
+        "--uplink",
+        "up1",
+        "--control",
+        &control,
+        "--map",
+        "101=t0",
+    ]);
+    assert!(refused.stderr.contains("up0"), "{}", refused.stderr);
+    // One that is killed in the middle: it has asked and does not answer.
+    {
+        use std::io::Write;
+        let mut stream = std::os::unix::net::UnixStream::connect(&control).unwrap();
+        let call =
+            r#"{"method":"org.vlanswitchd.HandOver","parameters":{"format":1,"uplink":"up0"}}"#;
+        stream.write_all(call.as_bytes()).unwrap();
+        stream.write_all(&[0]).unwrap();
+    }
+    let wire = lab.wire();
+    wire.send(&Frame::numbered(1).tags(&[VLAN]));
+    assert_eq!(guest.receive_until(1).len(), 1);
+    let stats = place.client().call(&Request::GetStats { interval: None }).unwrap();
+    let stats = stats.read::<StatsReply>().unwrap().stats;
+    assert_eq!(stats.ports[0].to_guest.out_frames, 1);
+    old.stop();
+}
+
+/// A process of another version that cannot hand over is told to end.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn another_format_ends_in_a_start_without_the_rings() {
+    use std::io::{Read, Write};
+    let folder = TempDir::new().unwrap();
+    let control = folder.path().join("control");
+    // Something that speaks varlink and knows no such method; SIGTERM ends it.
+    let mut other = std::process::Command::new("python3")
+        .args(["-c", OTHER, control.to_str().unwrap()])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = [0; 6];
+    other.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    std::io::stdout().flush().unwrap();
+    let lab = Lab::new();
+    let ending = std::thread::spawn(move || other.wait().unwrap());
+    let daemon =
+        lab.daemon(&["--takeover", "--control", control.to_str().unwrap(), "--map", "101=t0"]);
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&ending.join().unwrap()),
+        Some(Signal::SIGTERM as i32)
+    );
+    assert!(daemon.stderr().iter().any(|line| line.contains("cannot hand over")));
+    daemon.stop();
+}
+
+const OTHER: &str = r#"
+import json, socket, sys
+s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()
+print("ready", flush=True)
+c, _ = s.accept()
+call = json.loads(c.recv(4096).rstrip(b"\0"))
+c.sendall(json.dumps({"error": "org.varlink.service.MethodNotFound", "parameters": {"method": call["method"]}}).encode() + b"\0")
+c.recv(1); import time; time.sleep(60)
+"#;
