@@ -143,6 +143,10 @@ def methods(address, file):
     refused(wrong, ours + "Refused", message="filter")
     refused(lambda: list(api.more("Capture", port="nobody")), ours + "NoSuchPort", name="nobody")
 
+    other = lambda: api("HandOver", format=1, uplink="other0")
+    refused(other, ours + "Refused", message="other0")
+    refused(lambda: api("HandOver", format=99, uplink="up0"), ours + "OtherFormat")
+
     # What the client would not let through.
     handler = api.handler
 
