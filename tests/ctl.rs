@@ -119,6 +119,18 @@ fn doctor_fails_if_it_found_an_error() {
 }
 
 #[test]
+fn doctor_says_what_it_can_without_a_daemon() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let socket = folder.path().join("nobody");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vlanswitchctl"));
+    let output = command.arg("--socket").arg(&socket).arg("doctor").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(words.contains("no daemon answers on") && words.contains("cure: start it"), "{text}");
+}
+
+#[test]
 fn monitor_prints_a_line_an_event() {
     let events = [
         event(1_795_000_000_000, EventKind::PortAttached, Some("tap-web1"), "VLAN 101 forwards"),
