@@ -9,13 +9,16 @@
     reason = "tests fail by panicking"
 )]
 
+mod lab;
+
+use lab::tshark::{hex, tshark};
 use nix::errno::Errno;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, pipe};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command as Process, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -164,44 +167,6 @@ impl Drop for Scratch {
 
 type StrippedTag = Option<(Tpid, u16)>;
 
-/// A frame as tshark reads it: interface, direction (1 in, 2 out), comment, length
-/// on the wire, and its bytes in hexadecimal.
-type Seen = (String, String, String, usize, String);
-
-fn tshark(file: &Path) -> Vec<Seen> {
-    let run = |arguments: &[&str]| {
-        let output = Process::new("tshark").arg("-nr").arg(file).args(arguments).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let fields = run(&[
-        "-Tfields",
-        "-Eseparator=|",
-        "-eframe.interface_name",
-        "-eframe.packet_flags_direction",
-        "-eframe.comment",
-        "-eframe.len",
-        "-eframe.time_epoch",
-    ]);
-    let json: serde_json::Value = serde_json::from_str(&run(&["-Tjsonraw"])).unwrap();
-    let mut last = 0.0;
-    let epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
-    fields
-        .lines()
-        .zip(json.as_array().unwrap())
-        .map(|(line, json)| {
-            let [interface, direction, comment, length, time] =
-                line.split('|').map(str::to_owned).collect::<Vec<_>>().try_into().unwrap();
-            let time: f64 = time.parse().unwrap();
-            assert!(time >= last && (epoch - time).abs() < 60.0, "{time} after {last}");
-            last = time;
-            let direction = direction.trim_start_matches("0x0000000").to_owned();
-            let bytes = json["_source"]["layers"]["frame_raw"][0].as_str().unwrap().to_owned();
-            (interface, direction, comment, length.parse().unwrap(), bytes)
-        })
-        .collect()
-}
-
 /// Interface, selected, missed and accepted frames of each statistics block, and
 /// whether its times are of this minute. tshark does not print them.
 fn statistics(file: &[u8]) -> Vec<(u32, u64, u64, u64, bool)> {
@@ -232,10 +197,6 @@ fn statistics(file: &[u8]) -> Vec<(u32, u64, u64, u64, bool)> {
         found.push((interface, values[4], values[5], values[6], times));
     }
     found
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn bytes(tags: &[(u16, u16)], ethertype: u16, payload: usize) -> Vec<u8> {

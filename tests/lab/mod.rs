@@ -42,6 +42,7 @@ pub mod packet;
 pub mod raw;
 pub mod summary;
 pub mod transfer;
+pub mod tshark;
 pub mod tunnel;
 
 pub use daemon::{Daemon, Failure};
