@@ -192,10 +192,12 @@ def enough():
     kept["enough"] = True
 
 
-def tcp_listen(name, address, port):
-    """Opens a port for `tcp_receive`."""
+def tcp_listen(name, address, port, buffer=0):
+    """Opens a port for `tcp_receive`; `buffer` bounds TCP's window."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     listener.bind(reach(address, port))
     listener.listen(1)
     kept[name] = listener

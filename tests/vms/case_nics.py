@@ -173,9 +173,9 @@ def mld_groups(frames):
     return sum(group[:13] == bytes.fromhex("ff02000000000000000000000001")[:13] for group in groups)
 
 
-def nic(name, model, device="", lacks=()):
+def nic(name, model, device="", lacks=(), **settings):
     """The tests of a NIC, but for those of what it cannot do whatever is behind the tap."""
-    members = {"model": model, "device": device, "__module__": __name__, **dict.fromkeys(lacks)}
+    members = {"model": model, "device": device, "__module__": __name__, **dict.fromkeys(lacks), **settings}
     return type(name, (NicCase, Checks), members)
 
 
@@ -186,8 +186,9 @@ E1000e = nic("E1000e", "e1000e")
 Rtl8139 = nic("Rtl8139", "rtl8139")
 Vmxnet3 = nic("Vmxnet3", "vmxnet3")
 Pcnet = nic("Pcnet", "pcnet")
-# QEMU's hears only the address in its PROM.
-Ne2k = nic("Ne2k", "ne2k_pci", lacks=["test_the_guest_changes_its_mac_address"])
+# QEMU's hears only the address in its PROM. Its memory holds 16 KiB; when that runs over
+# it now and then stalls until the driver is reset, whatever is behind the tap.
+Ne2k = nic("Ne2k", "ne2k_pci", lacks=["test_the_guest_changes_its_mac_address"], guest_buffer=4096)
 # QEMU's has no hash filter, which the driver uses for more than 14 groups.
 Tulip = nic("Tulip", "tulip", lacks=["test_more_multicast_groups_than_a_nic_has_filters"])
 # The driver refuses VLAN devices on this chip. The family's later members lose frames in
