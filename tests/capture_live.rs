@@ -173,3 +173,39 @@ fn what_is_captured_is_what_passed() {
     assert_eq!(captures.finish(3, 41), of_101);
     daemon.stop();
 }
+
+/// Who captures a port does not see its successor's frames.
+#[test]
+#[ignore = "needs root and tshark"]
+fn a_capture_ends_with_its_port() {
+    let lab = Lab::new();
+    let mut captures = Captures { folder: TempDir::new().unwrap(), running: Vec::new() };
+    let control = captures.control().display().to_string();
+    let daemon = lab.daemon(&["--control", &control, "--map", "101=t0", "--map", "102=t1"]);
+    let guests = ["t0", "t1", "t2"].map(|tap| lab.raw_guest(tap));
+    daemon.attached(&["t0", "t1"]);
+    let wire = lab.wire();
+    captures.start(&["t1"]);
+    captures.start(&[]);
+    let frame = |number, vid| Frame::numbered(number).tags(&[tag(0x8100, vid)]);
+    wire.send(&frame(1, 102));
+    guests[1].receive_until(1);
+    let mut client = Client::connect(&captures.control()).unwrap();
+    let remove = Request::RemovePort { name: "t1".to_owned(), persist: None };
+    client.call(&remove).unwrap();
+    client.call(&Request::AddPort { map: "103=t2".to_owned(), persist: None }).unwrap();
+    wire.send(&frame(2, 103));
+    guests[2].receive_until(2);
+    let (file, child) = &mut captures.running[0];
+    let status = eventually("the capture of t1 ends", || child.try_wait().unwrap());
+    assert!(status.success());
+    assert_eq!(tshark(file), [seen("t1", true, "", &Frame::numbered(1))]);
+    let all = [
+        seen("up0", false, "", &frame(1, 102)),
+        seen("t1", true, "", &Frame::numbered(1)),
+        seen("up0", false, "", &frame(2, 103)),
+        seen("t2", true, "", &Frame::numbered(2)),
+    ];
+    assert_eq!(captures.finish(1, 4), all);
+    daemon.stop();
+}

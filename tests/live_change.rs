@@ -422,3 +422,83 @@ fn ports_that_go_leave_nothing_but_their_count() {
     });
     switch.daemon.stop();
 }
+
+/// What a change asks of the uplink and of missing taps is done, not only noted.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_change_brings_what_it_needs() {
+    let lab = Lab::new();
+    let switch = Switch::start_with(
+        &lab,
+        &[
+            "--set-uplink-mtu",
+            "--map",
+            "101=t0,mode=access",
+            "--map",
+            "300=late,create=no,mode=access",
+        ],
+        None,
+    );
+    let mtu = || lab.host.link("up0").unwrap()["mtu"].as_u64().unwrap();
+    assert_eq!(mtu(), 1500);
+    // Its guest may add a tag of its own.
+    switch.add("102=t1");
+    assert_eq!(mtu(), 1504);
+    switch.add("9.8=t2,tpid=0x88a8");
+    assert_eq!(mtu(), 1512);
+    assert_eq!(switch.set("late", &[("create", "")]).unwrap().state, "no_carrier");
+    assert!(lab.host.link("late").is_some());
+    let request = Request::SetPort {
+        name: "t0".to_owned(),
+        changes: vec![Change { key: "queues".to_owned(), value: "4".to_owned() }],
+        persist: None,
+    };
+    let reply = switch.client().call(&request).unwrap().read::<PortReply>().unwrap();
+    let notes = reply.notes.unwrap().join("\n");
+    assert!(notes.contains("multiqueue") && notes.contains("ip link delete t0"), "{notes}");
+    switch.daemon.stop();
+    assert_eq!(mtu(), 1500);
+}
+
+/// A tun of the port's name has no Ethernet frames, whenever it appears.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn what_is_no_ethernet_device_is_left_alone_when_it_appears() {
+    let lab = Lab::new();
+    let switch = Switch::start(&lab, &["101=t0", "300=late,create=no"]);
+    lab.host.ip("tuntap add late mode tun");
+    eventually("it is told", || {
+        let lines = switch.daemon.stderr();
+        lines.iter().any(|line| line.contains("late: not an Ethernet device")).then_some(())
+    });
+    assert_eq!(switch.ports()[1].state, "absent");
+    lab.host.ip("link delete late");
+    lab.host.ip("tuntap add late mode tap");
+    eventually("a tap is taken", || (switch.ports()[1].state == "no_carrier").then_some(()));
+    switch.daemon.stop();
+}
+
+/// The time a change takes grows with the ports it adds or removes, not with their
+/// waiting for the kernel one by one: removing many takes no longer than adding them.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn many_ports_go_at_once() {
+    let lab = Lab::new();
+    let head = "[uplink]\ndevice = \"up0\"\n";
+    let ports: String = (0..60)
+        .map(|number| format!("[[port]]\nvlan = {}\ndevice = \"m{number}\"\n", 100 + number))
+        .collect();
+    let switch = Switch::start_with(&lab, &[], Some(head));
+    let timed = |text: &str| {
+        fs::write(switch.file(), text).unwrap();
+        let begin = Instant::now();
+        switch.reload().unwrap();
+        begin.elapsed()
+    };
+    let adding = timed(&format!("{head}{ports}"));
+    assert_eq!(switch.ports().len(), 60);
+    let removing = timed(head);
+    assert_eq!(switch.ports().len(), 0);
+    assert!(removing < adding, "added in {adding:?}, removed in {removing:?}");
+    switch.daemon.stop();
+}

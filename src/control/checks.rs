@@ -102,13 +102,20 @@ pub fn required_mtu(ports: &[PortConfig]) -> u32 {
     needs.max().unwrap_or(USUAL_GUEST_MTU)
 }
 
-/// Says what MTU the uplink needs; returns it if it is to be set.
-pub fn uplink_mtu(config: &Config, links: &Links) -> Option<u32> {
-    let uplink = links.by_name(&config.uplink)?;
+/// The MTU the uplink is to be given, in bytes, if that is asked for.
+pub fn target_mtu(config: &Config) -> Option<u32> {
+    let guest_mtu = config.set_uplink_mtu?;
+    let needs = config.ports.iter().map(|port| mtu::for_port(&port.membership, guest_mtu));
+    needs.map(|need| need.with_guest_tag).max()
+}
+
+/// Says what MTU the uplink needs.
+pub fn say_uplink_mtu(config: &Config, links: &Links) {
+    let Some(uplink) = links.by_name(&config.uplink) else { return };
     let guest_mtu = config.set_uplink_mtu.unwrap_or(USUAL_GUEST_MTU);
     let needs = || config.ports.iter().map(|port| mtu::for_port(&port.membership, guest_mtu));
-    let required = needs().map(|need| need.required).max()?;
-    let with_guest_tag = needs().map(|need| need.with_guest_tag).max()?;
+    let required = needs().map(|need| need.required).max().unwrap_or_default();
+    let with_guest_tag = needs().map(|need| need.with_guest_tag).max().unwrap_or_default();
     let name = &config.uplink;
     if config.set_uplink_mtu.is_some() {
         if with_guest_tag > uplink.mtu {
@@ -117,9 +124,7 @@ pub fn uplink_mtu(config: &Config, links: &Links) -> Option<u32> {
                 uplink.mtu
             );
         }
-        return Some(with_guest_tag);
-    }
-    if required > uplink.mtu {
+    } else if required > uplink.mtu {
         warn!(
             "uplink {name}: its MTU of {} is too small for full-size frames of guests with MTU {guest_mtu} \
              behind the configured tags: it takes {required}; use --set-uplink-mtu, or \
@@ -133,5 +138,4 @@ pub fn uplink_mtu(config: &Config, links: &Links) -> Option<u32> {
             uplink.mtu
         );
     }
-    None
 }

@@ -16,7 +16,8 @@
 
 use crate::control::doctor;
 use crate::control::links::{
-    LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, disable_ipv6, restore_ipv6,
+    LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, QDISC_REMOVED, disable_ipv6,
+    restore_ipv6,
 };
 use crate::control::mapping::PortConfig;
 use crate::sys::bpf::{
@@ -271,8 +272,11 @@ impl Host {
         self.disturbed.retain(|(other, _)| *other != index);
         self.disturbed.push((index, Instant::now()));
         let again = match is_attached_tc(SEAL_NAME, index, Direction::Ingress) {
+            // Other changes take nothing away that settling would not wait for.
             Ok(true) => {
-                self.settle_seal(index, false);
+                if cause == QDISC_REMOVED {
+                    self.settle_seal(index, false);
+                }
                 return None;
             }
             // To where the same command does not reach it.

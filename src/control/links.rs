@@ -56,6 +56,7 @@ pub use ipv6::{PreviousIpv6, disable_ipv6, restore_ipv6};
 pub use monitor::LinkMonitor;
 pub use request::{LinkSettings, LinkSocket};
 pub use table::{LinkEvent, LinkState, Links};
+pub use wire::QDISC_REMOVED;
 pub use wire::{LinkDetails, VlanDevice};
 
 use std::io;

@@ -54,8 +54,8 @@ pub enum Command {
     Detach(Option<PortIndex>),
     /// A new port, without a device, in place of whatever port was there.
     Add(PortIndex, Arc<PortShared>),
-    /// Decide by this table from now on; answered by [`Notice::Switched`].
-    Switch(Arc<Table>),
+    /// Decide by this table from now on; answered by [`Notice::Switched`] with the number.
+    Switch(u64, Arc<Table>),
     /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
     Capture(Box<Sink>),
     /// Give all devices back as they are, at once, and end: another process goes on.
@@ -69,8 +69,8 @@ pub enum Command {
 pub enum Notice {
     /// A device is no longer in the loop.
     Departed(Departed),
-    /// A new table is in force.
-    Switched,
+    /// The table of this number is in force.
+    Switched(u64),
 }
 
 /// A device a worker has given back, or could not take.
@@ -164,7 +164,7 @@ impl WorkerHandle {
         let _ = self.thread.join();
         let departed = self.notices.try_iter().filter_map(|notice| match notice {
             Notice::Departed(departed) => Some(departed),
-            Notice::Switched => None,
+            Notice::Switched(_) => None,
         });
         departed.collect()
     }
@@ -409,9 +409,9 @@ impl Worker {
                 }
                 Command::Detach(port) => self.detach(port, Instant::now() + DRAIN_TIME),
                 Command::Add(port, shared) => self.add(port, shared),
-                Command::Switch(table) => {
+                Command::Switch(number, table) => {
                     self.table = table;
-                    let _ = self.notices.send(Notice::Switched);
+                    let _ = self.notices.send(Notice::Switched(number));
                 }
                 Command::Capture(sink) => self.capture(sink),
                 Command::Freeze => {

@@ -22,7 +22,7 @@ pub fn host(config: &Config) -> Result<String, Vec<StartError>> {
         Err(error @ StartError::NoUplink(_)) => warn!("{error}"),
         Err(error) => errors.push(error),
         Ok(()) => {
-            checks::uplink_mtu(config, links);
+            checks::say_uplink_mtu(config, links);
         }
     }
     errors.extend(config.ports.iter().filter_map(|port| checks::port(port, links).err()));

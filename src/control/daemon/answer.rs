@@ -309,7 +309,7 @@ impl Daemon {
     }
 
     fn drops(&mut self) -> Vec<Drop> {
-        self.tick(Instant::now());
+        self.count_overruns();
         let mut drops = Vec::new();
         for (_, port) in self.ports.iter() {
             let (shared, watched) = (&port.shared, &port.watched);
@@ -335,13 +335,14 @@ fn drops_of<'d>(
     flow: &FlowSnapshot,
     watched: &'d WatchedDrops,
 ) -> impl Iterator<Item = Drop> + use<'d> {
+    let now = wall_clock();
     let reasons: Vec<(DropReason, u64)> = flow.reasons().collect();
     reasons.into_iter().map(move |(reason, frames)| Drop {
         device: device.to_owned(),
         flow: name.to_owned(),
         reason: reason.name().to_owned(),
         frames,
-        last_seen: watched.last_seen(reason),
+        last_seen: watched.last_seen(reason, frames, now),
         help: reason.help().to_owned(),
     })
 }

@@ -7,19 +7,21 @@ use crate::control::capture::filter::{self, Program};
 use crate::control::capture::{Names, Options, Session};
 use crate::control::server::{CaptureStream, ClientId, Refusal};
 use crate::dataplane::{Command, Place, SINKS_MAX, SNAPLEN_MAX, Selection, capture};
+use crate::switch::PortIndex;
 use tracing::info;
 
 /// Captures under way.
 #[derive(Debug, Default)]
 pub struct Captures {
-    sessions: Vec<Session>,
+    /// Where each looks.
+    sessions: Vec<(Place, Session)>,
     names: Names,
 }
 
 impl Captures {
     /// How many there are.
     pub fn running(&self) -> usize {
-        self.sessions.iter().filter(|session| !session.is_finished()).count()
+        self.sessions.iter().filter(|(_, session)| !session.is_finished()).count()
     }
 }
 
@@ -59,7 +61,7 @@ impl Daemon {
         let Some(stream) = stream.map(CaptureStream::new) else { return Ok(()) };
         let session = Session::start(source, self.captures.names.clone(), options, stream)
             .map_err(Refusal::failed)?;
-        self.captures.sessions.push(session);
+        self.captures.sessions.push((place, session));
         self.command(Command::Capture(Box::new(sink)));
         info!("capturing: {}", wanted.port.as_deref().unwrap_or("everything"));
         Ok(())
@@ -73,11 +75,20 @@ impl Daemon {
         }
     }
 
+    /// Ends the captures of a port that goes.
+    pub(super) fn stop_captures_of(&self, position: PortIndex) {
+        for (place, session) in &self.captures.sessions {
+            if *place == Place::Port(position) {
+                session.stop();
+            }
+        }
+    }
+
     /// Forgets captures that have ended.
     pub(super) fn end_captures(&mut self) {
         let sessions = &mut self.captures.sessions;
-        while let Some(ended) = sessions.iter().position(Session::is_finished) {
-            let summary = sessions.swap_remove(ended).join();
+        while let Some(ended) = sessions.iter().position(|(_, session)| session.is_finished()) {
+            let summary = sessions.swap_remove(ended).1.join();
             info!("capture ended: {} frames written, {} missed", summary.written, summary.missed);
         }
     }

@@ -8,6 +8,7 @@
 //! are not touched.
 
 use super::Daemon;
+use super::devices::close_opened;
 use super::ports::Port;
 use crate::control::api::{EventKind, ReloadReply};
 use crate::control::checks;
@@ -126,12 +127,12 @@ impl Daemon {
     /// [`ChangeError`]; nothing was changed.
     pub(super) fn become_config(&mut self, new: Config) -> Result<Vec<String>, ChangeError> {
         let Plan { added, removed, changed } = self.plan(&new)?;
-        let positions = self.ports.free_positions(added.len());
+        let positions = self.free_positions(added.len());
         for (position, config) in positions.iter().zip(&added) {
             self.ports.insert(*position, Port::new(config.clone()));
         }
         let created_before = self.created();
-        let prepared = self.open_ports(&positions).and_then(|opened| {
+        let prepared = self.open_ports(&positions).map(|opened| {
             let mut memberships = self.ports.memberships();
             for (position, config) in &changed {
                 if let Some(place) = memberships.get_mut(*position) {
@@ -143,11 +144,18 @@ impl Daemon {
                     *place = None;
                 }
             }
-            let table = Table::compile(memberships).map_err(StartError::from)?;
-            Ok((opened, table))
+            (opened, Table::compile(memberships))
         });
         let (opened, table) = match prepared {
-            Ok(prepared) => prepared,
+            Ok((opened, Ok(table))) => (opened, table),
+            Ok((opened, Err(conflict))) => {
+                close_opened(opened);
+                self.close_ports(&positions, created_before);
+                for position in positions {
+                    self.ports.remove(position);
+                }
+                return Err(StartError::from(conflict).into());
+            }
             Err(error) => {
                 self.close_ports(&positions, created_before);
                 for position in positions {
@@ -169,14 +177,17 @@ impl Daemon {
         for position in &removed {
             self.command(Command::Detach(Some(*position)));
         }
-        self.command(Command::Switch(Arc::new(table)));
-        let departed = self.await_departures(removed.len());
-        self.await_switch();
+        self.tables += 1;
+        self.command(Command::Switch(self.tables, Arc::new(table)));
+        let gone: Vec<_> = removed.iter().copied().map(Some).collect();
+        let departed = self.await_departures(&gone);
+        self.await_switch(self.tables);
         self.attach_ports(opened);
         self.claim(&self.claims, &before, true);
         self.name_interfaces();
-        self.close(departed);
-        let notes = self.retire(&removed);
+        self.close(&gone, departed);
+        let mut notes = self.retire(&removed);
+        let changed_positions: Vec<_> = changed.iter().map(|(position, _)| *position).collect();
         for (position, config) in changed {
             let text = format!("{}: now {}", config.device, config.to_map(new.tpid));
             let device = config.device.clone();
@@ -192,11 +203,14 @@ impl Daemon {
         let order = new.ports.iter().filter_map(|config| self.ports.by_device(&config.device));
         let order = order.map(|(position, _)| position).collect();
         self.ports.set_order(order);
-        let needed = checks::required_mtu(&self.config.ports);
+        let need =
+            |config: &Config| (checks::required_mtu(&config.ports), checks::target_mtu(config));
+        let before = need(&self.config);
         self.config = new;
-        if checks::required_mtu(&self.config.ports) != needed {
+        if need(&self.config) != before {
             self.raise_uplink_mtu();
         }
+        notes.extend(self.open_changed(&changed_positions));
         // Carrier and state may have changed through what was set just now.
         self.follow_links();
         Ok(notes)
@@ -242,17 +256,53 @@ impl Daemon {
         }
     }
 
+    /// Creates the taps of changed ports that are missing, now that the port may; says
+    /// what else of the change has no effect on a device that exists.
+    fn open_changed(&mut self, positions: &[PortIndex]) -> Vec<String> {
+        let mut notes = Vec::new();
+        for position in positions {
+            let Some(port) = self.ports.get(*position) else { continue };
+            let config = port.config.clone();
+            if port.attached.is_none()
+                && matches!(config.kind, DeviceKind::Netdev { create: Some(_) })
+            {
+                let created_before = self.created();
+                match self.open_ports(&[*position]) {
+                    Ok(opened) => self.attach_ports(opened),
+                    Err(error) => {
+                        self.close_ports(&[*position], created_before);
+                        notes.push(error.to_string());
+                    }
+                }
+            } else if let Some(link) = self.monitor.links().by_name(&config.device).cloned() {
+                notes.extend(self.host.notes_about(&config, &link));
+            }
+        }
+        notes
+    }
+
+    /// Positions for new ports. While somebody captures none is used again: what is
+    /// still to be read of the port that was there would be taken for the new one's.
+    fn free_positions(&self, count: usize) -> Vec<PortIndex> {
+        if self.captures.running() == 0 {
+            return self.ports.free_positions(count);
+        }
+        (self.ports.places()..).take(count).collect()
+    }
+
     /// Takes ports out for good. Returns what the operator should know.
     fn retire(&mut self, positions: &[PortIndex]) -> Vec<String> {
         let mut notes = Vec::new();
         for position in positions {
+            self.stop_captures_of(*position);
             self.give_back(*position, None);
             let Some(port) = self.ports.remove(*position) else { continue };
             let retired = self.retired.get_or_insert_default();
             retired.from_guest.add(port.shared.from_guest.snapshot().into());
             retired.to_guest.add(port.shared.to_guest.snapshot().into());
+            let internal = port.config.kind == DeviceKind::Internal;
             let name = port.config.device;
-            if let Some(note) = self.left_behind(&name) {
+            if let Some(note) = self.left_behind(&name, internal) {
                 notes.push(note);
             }
             self.tell(EventKind::PortRemoved, Some(&name), format!("{name}: removed"));
@@ -261,7 +311,13 @@ impl Daemon {
     }
 
     /// What stays of a port that was removed.
-    fn left_behind(&mut self, name: &str) -> Option<String> {
+    fn left_behind(&mut self, name: &str, internal: bool) -> Option<String> {
+        if internal {
+            self.forget_created(name);
+            return Some(format!(
+                "{name}: the tap stays, for whoever uses it: `ip link delete {name}` removes it"
+            ));
+        }
         let ours = self.forget_created(name)
             || self.monitor.links().by_name(name).is_some_and(crate::control::host::is_ours);
         ours.then(|| {

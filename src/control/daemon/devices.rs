@@ -16,11 +16,14 @@ use crate::switch::PortIndex;
 use crate::sys::packet::KernelCounter;
 use crate::sys::tap::{self, TapOptions};
 use nix::net::if_::if_nametoindex;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
 /// How long a worker may take to answer.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// How long it may forward what a device has received.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(20);
 /// Tries to read netlink's news before waiting for the next.
 const READ_ATTEMPTS: usize = 3;
 
@@ -100,11 +103,20 @@ impl Daemon {
         for Prepared { link, .. } in &prepared {
             self.host.bring_up(link.index)?;
         }
-        let results = in_parallel(prepared, open_port);
-        for result in results {
-            opened.push(result?);
+        let mut failed = None;
+        for result in in_parallel(prepared, open_port) {
+            match result {
+                Ok(port) => opened.push(port),
+                Err(error) => failed = Some(error),
+            }
         }
-        Ok(opened)
+        match failed {
+            None => Ok(opened),
+            Some(error) => {
+                close_opened(opened);
+                Err(error)
+            }
+        }
     }
 
     /// Creates the taps that are missing, all at once.
@@ -264,7 +276,12 @@ impl Daemon {
             return;
         };
         self.unsettled.retain(|unsettled| Some(*unsettled) != attached.index);
-        self.uncleared.retain(|uncleared| Some(*uncleared) != attached.index);
+        if let Some(index) = attached.index
+            && self.uncleared.contains(&index)
+        {
+            self.uncleared.retain(|uncleared| *uncleared != index);
+            self.host.clear_up(index);
+        }
         if let Some(found) = attached.found {
             self.host.give_port_back(&found.renamed(name));
         }
@@ -316,6 +333,10 @@ impl Daemon {
                 Err(error) => warn!("{error}"),
             }
         }
+        if self.monitor.overruns() != self.overruns_seen {
+            self.overruns_seen = self.monitor.overruns();
+            self.leave_the_vanished();
+        }
         for event in events {
             if let Some(old) = event.departed() {
                 self.device_left(old.index, event.arrived().map(|new| new.name.as_str()));
@@ -331,6 +352,16 @@ impl Daemon {
             }
         }
         self.publish_all();
+    }
+
+    /// A device that came and went while notifications were lost is in no event.
+    fn leave_the_vanished(&mut self) {
+        let links = self.monitor.links();
+        let attached = self.ports.iter().filter_map(|(_, port)| port.index());
+        let gone: Vec<u32> = attached.filter(|index| links.by_index(*index).is_none()).collect();
+        for index in gone {
+            self.device_left(index, None);
+        }
     }
 
     /// The monitor's table is the truth: what was read from a device while it was
@@ -355,7 +386,7 @@ impl Daemon {
             warn!("uplink {} is gone: waiting for it to come back", self.name);
             publish(&self.uplink.shared.link, None);
             self.uplink.watched.see_state(DeviceState::Absent);
-            self.take_back(&[None]);
+            self.take_back(None);
             if let Some((_, _, found)) = self.uplink.attached.take() {
                 self.host.give_uplink_back(&found.renamed(new_name));
             }
@@ -374,61 +405,76 @@ impl Daemon {
     /// Takes a port's device out of the worker and gives it back; `name` is what it is
     /// called now, if it was renamed.
     fn detach_port(&mut self, position: PortIndex, name: Option<&str>) {
-        self.take_back(&[Some(position)]);
+        self.take_back(Some(position));
         self.give_back(position, name);
     }
 
-    /// Takes devices out of the worker, and closes them.
-    fn take_back(&mut self, ports: &[Option<PortIndex>]) {
-        for port in ports {
-            self.command(Command::Detach(*port));
-        }
-        let devices = self.await_departures(ports.len());
-        self.close(devices);
+    /// Takes a device out of the worker, and closes it.
+    fn take_back(&mut self, port: Option<PortIndex>) {
+        self.command(Command::Detach(port));
+        let devices = self.await_departures(&[port]);
+        self.close(&[port], devices);
     }
 
     /// Waits for devices the worker was told to give back.
-    pub(super) fn await_departures(&mut self, count: usize) -> Vec<Device> {
-        let mut devices = Vec::with_capacity(count);
-        for _ in 0..count {
-            let device = self.await_notice(|notice| match notice {
-                Notice::Departed(Departed { error: None, .. }) => true,
-                Notice::Departed(_) | Notice::Switched => false,
-            });
-            devices.extend(device.map(|device| *device));
+    pub(super) fn await_departures(&mut self, ports: &[Option<PortIndex>]) -> Vec<Device> {
+        let mut missing: HashSet<Option<PortIndex>> = ports.iter().copied().collect();
+        let mut devices = Vec::with_capacity(missing.len());
+        let deadline = Instant::now() + PATIENCE + DRAIN_PATIENCE * ports.len() as u32;
+        while !missing.is_empty() {
+            match self.next_notice(deadline) {
+                None => break,
+                Some(Notice::Departed(departed))
+                    if departed.error.is_none() && missing.remove(&departed.port) =>
+                {
+                    devices.extend(departed.device.map(|device| *device));
+                }
+                Some(other) => self.take_notice(other),
+            }
         }
         devices
     }
 
     /// Counts what the kernel still has to tell of devices, and closes them.
-    pub(super) fn close(&self, devices: Vec<Device>) {
+    pub(super) fn close(&mut self, ports: &[Option<PortIndex>], devices: Vec<Device>) {
         self.count_overruns();
+        // They hold the sockets too: the last to close one waits for the kernel.
+        for port in ports {
+            match port {
+                None => {
+                    if let Some((_, counter, _)) = &mut self.uplink.attached {
+                        *counter = None;
+                    }
+                }
+                Some(position) => {
+                    let port = self.ports.get_mut(*position);
+                    if let Some(attached) = port.and_then(|port| port.attached.as_mut()) {
+                        attached.counter = None;
+                    }
+                }
+            }
+        }
         let parts = devices.into_iter().flat_map(Device::into_parts);
         in_parallel(parts.collect(), drop::<DevicePart>);
     }
 
-    /// Waits until the worker decides by the table it was sent last.
-    pub(super) fn await_switch(&mut self) {
-        self.await_notice(|notice| matches!(notice, Notice::Switched));
-    }
-
-    /// Waits for a notice; returns the device that came with it.
-    fn await_notice(&mut self, is_it: impl Fn(&Notice) -> bool) -> Option<Box<Device>> {
+    /// Has the worker decide by this table, and waits until it does.
+    pub(super) fn await_switch(&mut self, number: u64) {
         let deadline = Instant::now() + PATIENCE;
-        loop {
-            let notice = self.worker.as_ref()?.notices.recv_deadline(deadline);
-            let Ok(notice) = notice else {
-                warn!("a worker does not answer");
-                return None;
-            };
-            if is_it(&notice) {
-                return match notice {
-                    Notice::Departed(departed) => departed.device,
-                    Notice::Switched => None,
-                };
+        while let Some(notice) = self.next_notice(deadline) {
+            if matches!(notice, Notice::Switched(other) if other == number) {
+                return;
             }
             self.take_notice(notice);
         }
+    }
+
+    fn next_notice(&self, deadline: Instant) -> Option<Notice> {
+        let notice = self.worker.as_ref()?.notices.recv_deadline(deadline).ok();
+        if notice.is_none() {
+            warn!("a worker does not answer");
+        }
+        notice
     }
 
     /// Takes what the worker had to say since the last look.
@@ -449,13 +495,16 @@ impl Daemon {
         match port {
             None => {
                 warn!("uplink {}: cannot be polled: {error}", self.name);
+                publish(&self.uplink.shared.link, None);
                 if let Some((_, _, found)) = self.uplink.attached.take() {
                     self.host.give_uplink_back(&found);
                 }
             }
             Some(position) => {
-                if let Some(port) = self.ports.get(position) {
+                if let Some(port) = self.ports.get_mut(position) {
                     warn!("{}: cannot be polled: {error}", port.config.device);
+                    publish(&port.shared.link, None);
+                    port.watched.see_state(DeviceState::Absent);
                 }
                 self.give_back(position, None);
             }
@@ -463,6 +512,15 @@ impl Daemon {
     }
 
     fn device_came(&mut self, link: &LinkState) {
+        if !link.is_ethernet {
+            if link.name == self.name || self.ports.by_device(&link.name).is_some() {
+                warn!(
+                    "{}: not an Ethernet device, left alone: make it a tap, not a tun",
+                    link.name
+                );
+            }
+            return;
+        }
         if link.name == self.name && self.uplink.attached.is_none() {
             match self.attach_uplink(link) {
                 Ok(()) => {
@@ -576,7 +634,8 @@ impl Daemon {
 
     /// Gives the uplink the MTU the ports need, if that is asked for and it grew.
     pub(super) fn raise_uplink_mtu(&mut self) {
-        self.uplink.mtu = checks::uplink_mtu(&self.config, self.monitor.links());
+        checks::say_uplink_mtu(&self.config, self.monitor.links());
+        self.uplink.mtu = checks::target_mtu(&self.config);
         if let (Some(mtu), Some((_, _, found))) = (self.uplink.mtu, &mut self.uplink.attached)
             && let Err(error) = self.host.raise_uplink_mtu(found, mtu)
         {
@@ -605,6 +664,15 @@ impl Daemon {
         }
         self.remove_created(created_before);
     }
+}
+
+/// Closes devices the worker never had, side by side.
+pub fn close_opened(opened: Vec<Opened>) {
+    let parts = opened.into_iter().flat_map(|Opened { counter, device, .. }| {
+        drop(counter);
+        device.into_parts()
+    });
+    in_parallel(parts.collect(), drop::<DevicePart>);
 }
 
 fn open_port(prepared: Prepared) -> Result<Opened, StartError> {

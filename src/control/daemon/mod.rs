@@ -97,6 +97,10 @@ pub struct Daemon {
     examinations: Examinations,
     /// Held for as long as the uplink is ours.
     claim: OwnedFd,
+    /// How many tables the worker was given.
+    tables: u64,
+    /// Overruns of netlink that were followed up.
+    overruns_seen: u64,
     /// Another process has gone on in our place.
     handed_over: bool,
 }
@@ -124,7 +128,8 @@ impl Daemon {
             filter.claim(tpid.index(), vid.get(), true)?;
         }
         filter.claim_untagged(config.table.claims_untagged())?;
-        let mtu = checks::uplink_mtu(&config, monitor.links());
+        checks::say_uplink_mtu(&config, monitor.links());
+        let mtu = checks::target_mtu(&config);
         let claims = Claims::of(&config.table);
         let shared = Arc::<UplinkShared>::default();
         let watched = Watched::default();
@@ -159,6 +164,8 @@ impl Daemon {
             captures: Captures::default(),
             examinations,
             claim,
+            tables: 0,
+            overruns_seen: 0,
             handed_over: false,
         };
         if let Some(take) = take {

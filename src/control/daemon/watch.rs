@@ -49,9 +49,11 @@ impl WatchedDrops {
         overload
     }
 
-    /// When a reason's count was last seen to grow, in milliseconds since 1970.
-    pub fn last_seen(&self, reason: DropReason) -> u64 {
-        self.last_seen.get(reason.index()).copied().unwrap_or_default()
+    /// When a reason's count was last seen to grow, in milliseconds since 1970: now, if
+    /// it has grown to `frames` since the last tick.
+    pub fn last_seen(&self, reason: DropReason, frames: u64, now: u64) -> u64 {
+        let place = |values: &[u64]| values.get(reason.index()).copied().unwrap_or_default();
+        if frames > place(&self.frames) { now } else { place(&self.last_seen) }
     }
 }
 
@@ -207,10 +209,11 @@ mod tests {
         let reason = DropReason::GuestQueueFull;
         assert_eq!(watched.look(&snapshot(reason, 5), 1000), 5);
         assert_eq!(watched.look(&snapshot(reason, 5), 2000), 0);
-        assert_eq!(watched.last_seen(reason), 1000);
+        assert_eq!(watched.last_seen(reason, 5, 9000), 1000);
+        assert_eq!(watched.last_seen(reason, 6, 9000), 9000);
         assert_eq!(watched.look(&snapshot(reason, 6), 3000), 1);
-        assert_eq!(watched.last_seen(reason), 3000);
-        assert_eq!(watched.last_seen(DropReason::Malformed), 0);
+        assert_eq!(watched.last_seen(reason, 6, 9000), 3000);
+        assert_eq!(watched.last_seen(DropReason::Malformed, 0, 9000), 0);
         // A guest's mistake is nobody's overload.
         assert_eq!(watched.look(&snapshot(DropReason::Malformed, 9), 4000), 0);
     }

@@ -227,6 +227,9 @@ fn vlan_device(attributes: &[u8]) -> Option<VlanDevice> {
     Some(VlanDevice { lower, tpid, vid })
 }
 
+/// What is said of a device whose qdisc was removed.
+pub const QDISC_REMOVED: &str = "a qdisc was removed (`tc qdisc del`)";
+
 /// The device at whose tc hooks something ceased to stand, and how; none for other
 /// messages. What is added there takes nothing away, nor does a device's default
 /// queueing (handle 0) when it makes room for another.
@@ -234,7 +237,7 @@ pub(super) fn unhooked(message: &Message<'_>) -> Option<(u32, &'static str)> {
     let field = |place| number(message.payload.get(place)?);
     let cause = match message.kind {
         libc::RTM_DELQDISC if field(TC_HANDLE)? == 0 => return None,
-        libc::RTM_DELQDISC => "a qdisc was removed (`tc qdisc del`)",
+        libc::RTM_DELQDISC => QDISC_REMOVED,
         libc::RTM_DELTFILTER => "a tc filter was removed (`tc filter del`)",
         libc::RTM_NEWTFILTER if message.flags & NLM_F_REPLACE != 0 => {
             "a tc filter was replaced (`tc filter replace`)"
