@@ -223,6 +223,31 @@ fn check_super_frame(header: VnetHeader, frame: &[u8]) -> Offload {
     Offload::Plain(VnetHeader { flags: FLAG_NEEDS_CSUM, hdr_len, ..header })
 }
 
+/// Bytes a frame makes on the wire with `tags_len` bytes of tags more (in bytes, not
+/// negative) than stand in it: those of all its segments, each with the headers, if it
+/// is a super-frame.
+///
+/// `header` and `frame` are as received. Of the header only what [`check_offload`] will
+/// hold against the frame is believed, so not `hdr_len`; a super-frame it will refuse
+/// counts as one piece.
+#[inline]
+pub fn segments_len(header: VnetHeader, frame: &[u8], tags_len: usize) -> usize {
+    let whole = frame.len().saturating_add(tags_len);
+    if !header.is_gso() || header.gso_size == 0 {
+        return whole;
+    }
+    let offset = usize::from(header.csum_start);
+    let transport = match header.gso_type & !GSO_ECN {
+        GSO_UDP_L4 => Transport::Udp,
+        _ => Transport::Tcp,
+    };
+    let Some(header_len) = transport.header_len(frame, offset) else { return whole };
+    let headers = offset + header_len;
+    let payload = frame.len().saturating_sub(headers);
+    let segments = payload.div_ceil(usize::from(header.gso_size)).max(1);
+    payload.saturating_add(segments.saturating_mul(headers + tags_len))
+}
+
 /// Whether the type of a super-frame is that of the outer packet.
 fn describes(header: VnetHeader, found: &TransportHeader) -> bool {
     match header.gso_type & !GSO_ECN {
@@ -235,7 +260,8 @@ fn describes(header: VnetHeader, found: &TransportHeader) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::indexing_slicing, reason = "tests")]
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+    use super::super::segment::Segmenter;
     use super::*;
 
     const MSS: u16 = 1000;
@@ -382,6 +408,39 @@ mod tests {
         for header in [plain, inner] {
             assert_ne!(check_offload(header, &tcp_v4(0, longest - 54)), Offload::Bad);
             assert_eq!(check_offload(header, &tcp_v4(0, longest - 53)), Offload::Bad);
+        }
+    }
+
+    /// The segmenter, which writes the segments out, is the oracle.
+    #[test]
+    fn a_super_frame_is_as_long_as_its_segments() {
+        let tcp = |payload| (tcp_v4(1, payload), gso(GSO_TCPV4, 38, 16));
+        let udp = |payload| (udp_v6(payload), gso(GSO_UDP_L4, 54, 6));
+        let some = [1, 999, 1000, 1001, 5000, 5001, 60_000];
+        for (frame, good) in some.into_iter().map(tcp).chain(some.into_iter().map(udp)) {
+            // What a guest claims of its headers' length makes nothing cheaper.
+            for hdr_len in [0, 54, u16::MAX] {
+                let header = VnetHeader { hdr_len, ..good };
+                let mut segmenter = Segmenter::new(&frame, header).unwrap();
+                let (mut expected, mut tagged) = (0, 0);
+                let mut space = vec![0; 2000];
+                while let Some(length) = segmenter.next_into(&mut space).unwrap() {
+                    expected += length;
+                    tagged += length + 8;
+                }
+                assert_eq!(segments_len(header, &frame, 0), expected, "{} bytes", frame.len());
+                assert_eq!(segments_len(header, &frame, 8), tagged, "{} bytes", frame.len());
+            }
+        }
+        let plain = tcp_v4(0, 5000);
+        assert_eq!(segments_len(VnetHeader::default(), &plain, 4), plain.len() + 4);
+        let bad = [
+            VnetHeader { gso_size: 0, ..gso(GSO_TCPV4, 34, 16) },
+            gso(GSO_TCPV4, u16::MAX, 16),
+            gso(GSO_TCPV4, 5050, 16),
+        ];
+        for header in bad {
+            assert_eq!(segments_len(header, &plain, 4), plain.len() + 4, "{header:?}");
         }
     }
 

@@ -3,9 +3,10 @@
 //! Uplink side: `[TPID][VID]` names an entry, either a port with what to pop, or
 //! a second `[TPID][VID]` table for tag pairs. Guest side: one rule for each class
 //! of frame (untagged, priority-tagged, tagged), and for a trunk the set of VIDs
-//! its guest may use. Tables are immutable; a new configuration is a new table.
+//! its guest may use. What a guest is held to beyond that lies beside, for the
+//! workers to make policers of. Tables are immutable; a new configuration is a new table.
 
-use super::{DropReason, Membership, Mode, Priority, Vlans};
+use super::{DropReason, Membership, Mode, PoliceRule, Priority, Vlans};
 use crate::frame::{Pcp, Tag, TagEdit, Tci, Tpid, Vid};
 use thiserror::Error;
 
@@ -101,6 +102,8 @@ pub struct Table {
     /// By port; `None` for a place without one.
     pub(super) guests: Vec<Option<GuestRules>>,
     claims: Vec<(Tpid, Vid)>,
+    /// By port; empty places and ports held to nothing have `None`.
+    police: Vec<Option<PoliceRule>>,
 }
 
 impl Table {
@@ -119,6 +122,7 @@ impl Table {
             untagged: None,
             guests: Vec::new(),
             claims: Vec::new(),
+            police: Vec::new(),
         };
         for (port, membership) in memberships.into_iter().enumerate() {
             match membership.into() {
@@ -127,6 +131,20 @@ impl Table {
             }
         }
         Ok(table)
+    }
+
+    /// The table with what guests are held to, by port: the positions are those of the
+    /// memberships.
+    #[must_use]
+    pub fn with_police<'r>(self, rules: impl IntoIterator<Item = Option<&'r PoliceRule>>) -> Self {
+        let rules = rules.into_iter();
+        let police = rules.map(|rule| rule.filter(|rule| !rule.is_empty()).cloned()).collect();
+        Self { police, ..self }
+    }
+
+    /// What the guest of `port` is held to, if to anything.
+    pub fn police(&self, port: PortIndex) -> Option<&PoliceRule> {
+        self.police.get(port)?.as_ref()
     }
 
     /// The outer VLANs claimed on the uplink, each once. VID 0 stands for the
