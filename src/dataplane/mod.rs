@@ -9,6 +9,7 @@ mod capture;
 mod chains;
 mod counters;
 mod pace;
+mod policing;
 mod worker;
 
 pub use burst::{Abilities, Lane, SegmentSpace};

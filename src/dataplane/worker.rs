@@ -16,6 +16,7 @@ use super::capture::{Captures, Sink, Watch};
 use super::chains::Chains;
 use super::counters::{PortShared, UplinkShared, WorkerShared};
 use super::pace::{Pace, PollMode, Step};
+use super::policing::PortPolicer;
 use crate::frame::{TAG_LEN, TagStack};
 use crate::port::Device;
 use crate::switch::{DropReason, GuestVerdict, PortIndex, Table, UplinkVerdict};
@@ -95,6 +96,7 @@ pub struct Slot {
     shared: Arc<PortShared>,
     device: Option<Box<Device>>,
     shed_until: Option<Instant>,
+    policer: PortPolicer,
     hot: bool,
     empty_rounds: u32,
 }
@@ -102,7 +104,8 @@ pub struct Slot {
 impl Slot {
     /// A port without a device.
     pub fn new(shared: Arc<PortShared>) -> Self {
-        Self { shared, device: None, shed_until: None, hot: false, empty_rounds: 0 }
+        let policer = PortPolicer::default();
+        Self { shared, device: None, shed_until: None, policer, hot: false, empty_rounds: 0 }
     }
 }
 
@@ -185,7 +188,7 @@ impl Worker {
         let slots: Vec<Slot> = ports.into_iter().map(Slot::new).collect();
         let (command_sender, commands) = crossbeam_channel::unbounded();
         let (notices, notice_receiver) = crossbeam_channel::unbounded();
-        let worker = Self {
+        let mut worker = Self {
             table,
             uplink: None,
             uplink_shared,
@@ -204,6 +207,7 @@ impl Worker {
             segments: SegmentSpace::default(),
             captures: Captures::default(),
         };
+        worker.police();
         Ok((worker, command_sender, notice_receiver))
     }
 
@@ -332,6 +336,7 @@ impl Worker {
         let mut handlings = ArrayVec::<Option<Handling>, BURST>::new();
         let mut bytes = 0;
         let mut watch = self.captures.watch::<WATCHED>(Some(port));
+        slot.policer.refill(now);
         for frame in &mut burst {
             bytes += wire_len(frame);
             watch.received(frame);
@@ -340,7 +345,10 @@ impl Worker {
                 Err(_) => GuestVerdict::Drop(DropReason::Malformed),
             };
             let rewritten = match verdict {
-                GuestVerdict::Forward(edit) => rewrite(frame, &edit, self.abilities, mtu),
+                GuestVerdict::Forward(edit) => slot
+                    .policer
+                    .admit(frame, &edit)
+                    .and_then(|()| rewrite(frame, &edit, self.abilities, mtu)),
                 GuestVerdict::Drop(reason) => Err(reason),
             };
             if let Err(reason) = rewritten {
@@ -411,6 +419,7 @@ impl Worker {
                 Command::Add(port, shared) => self.add(port, shared),
                 Command::Switch(number, table) => {
                     self.table = table;
+                    self.police();
                     let _ = self.notices.send(Notice::Switched(number));
                 }
                 Command::Capture(sink) => self.capture(sink),
@@ -425,6 +434,14 @@ impl Worker {
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// Holds each guest to what the table says of it.
+    fn police(&mut self) {
+        let now = Instant::now();
+        for (port, slot) in self.slots.iter_mut().enumerate() {
+            slot.policer.follow(self.table.police(port), now);
+        }
     }
 
     /// Makes room for a port.
