@@ -67,17 +67,18 @@ proptest! {
     }
 
     #[test]
-    fn configuration(noise in bytes(200), keys in prop::collection::vec((0..13_usize, 0..17_usize), 0..8)) {
+    fn configuration(noise in bytes(200), keys in prop::collection::vec((0..17_usize, 0..21_usize), 0..8)) {
         bodies::configuration(&noise);
         let mut text = "[[port]]\nvlan = 5\ndevice = 't'\n".to_owned();
         for (key, value) in keys {
             let key = [
                 "mode", "native", "tpid", "inner-tpid", "pcp", "create", "owner", "group", "queues",
-                "offload", "[[port]]\nvlan = 7\n#", "[[port]]\nvlan = '5.6'\n#", "vlan",
+                "offload", "rate", "burst", "storm", "mac", "[[port]]\nvlan = 7\n#", "[[port]]\nvlan = '5.6'\n#", "vlan",
             ][key];
             let value = [
                 "'trunk'", "5", "0x88a8", "'copy'", "false", "0", "'root'", "'off'", "true", "1.5",
                 "'access'", "'a,b'", "\"\\n\"", "-1", "'5-9'", "'internal:x'", "[",
+                "'1.5G'", "90000", "'52:54:00:12:34:56'", "'02:00:00:00:00:01+02:00:00:00:00:02'",
             ][value];
             text += &format!("{key} = {value}\n");
         }

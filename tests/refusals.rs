@@ -91,6 +91,11 @@ const BY_THEMSELVES: &[Case] = &[
     (&["--map", "101=t0,owner=no-such-user-here"], &["owner", "no-such-user-here"]),
     (&["--map", "101=t0,group=no-such-group-here"], &["group", "no-such-group-here"]),
     (&["--map", "101=t0,create=no,queues=2"], &["queues", "create"]),
+    (&["--map", "101=t0,rate=fast"], &["rate", "fast", "100M"]),
+    (&["--map", "101=t0,rate=1M,burst=1500"], &["burst", "1500", "80k"]),
+    (&["--map", "101=t0,burst=100k"], &["burst", "100k", "rate"]),
+    (&["--map", "101=t0,storm=0"], &["storm", "0"]),
+    (&["--map", "101=t0,mac=5254"], &["mac", "5254", "52:54:00:12:34:56"]),
     (&["--map", "101=t0,"], &["101=t0,"]),
 ];
 

@@ -33,7 +33,11 @@ pub struct Arguments {
     /// frames, or a pair of tags (101.20). DEVICE is a tap, which is created if it
     /// does not exist, any other Ethernet netdev, or internal:NAME.
     /// Options: mode=tunnel|access|trunk, native=VID, tpid=T, inner-tpid=T,
-    /// pcp=N|copy, create=yes|no, owner=USER, group=GROUP, queues=N, offload=off.
+    /// pcp=N|copy, create=yes|no, owner=USER, group=GROUP, queues=N, offload=off,
+    /// and for what the guest sends rate=BITS a second (100M, 1.5G) with
+    /// burst=BYTES, storm=N broadcasts and multicasts a second (ARP and IPv6
+    /// neighbour discovery are among them, and break if that is too few), and
+    /// mac=ADDR[+ADDR], its only source addresses.
     #[arg(long = "map", value_name = "MAP", action = ArgAction::Append, verbatim_doc_comment)]
     pub(super) maps: Vec<String>,
 

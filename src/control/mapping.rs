@@ -8,6 +8,7 @@
 //! refusal names the place, the option, the value and the cure.
 
 mod build;
+mod police;
 mod problem;
 mod spec;
 #[cfg(test)]
@@ -18,7 +19,7 @@ pub use problem::{MapError, MapProblem, Origin};
 pub use spec::{DEVICE, PortSpec, VLAN};
 
 use crate::frame::{Pcp, Tpid};
-use crate::switch::{Membership, Priority, Table, Vlans};
+use crate::switch::{Membership, PoliceRule, Priority, Table, Vlans};
 use std::collections::HashMap;
 
 /// Longest name of a network device, in bytes (`IFNAMSIZ` without its NUL).
@@ -26,7 +27,7 @@ pub const DEVICE_NAME_MAX: usize = 15;
 /// Prefixes libvirt keeps for devices it names itself (`virnetdev.h`).
 const LIBVIRT_PREFIXES: [&str; 4] = ["vnet", "vif", "macvtap", "macvlan"];
 /// The options of a port, in the order they are shown.
-pub const OPTIONS: [&str; 10] = [
+pub const OPTIONS: [&str; 14] = [
     "mode",
     "native",
     "tpid",
@@ -37,6 +38,10 @@ pub const OPTIONS: [&str; 10] = [
     "group",
     "queues",
     "offload",
+    "rate",
+    "burst",
+    "storm",
+    "mac",
 ];
 /// The most overlaps told at once: each costs a compilation of the table.
 const OVERLAPS_MAX: usize = 20;
@@ -94,6 +99,8 @@ pub struct PortConfig {
     pub membership: Membership,
     /// The guest has no offloads (`offload=off`).
     pub offload_off: bool,
+    /// What the guest is held to.
+    pub police: PoliceRule,
     /// Where it was written.
     pub origin: Origin,
 }
@@ -109,11 +116,12 @@ pub struct Uplink<'u> {
 
 impl PartialEq for PortConfig {
     fn eq(&self, other: &Self) -> bool {
-        let Self { device, kind, membership, offload_off, origin: _ } = self;
+        let Self { device, kind, membership, offload_off, police, origin: _ } = self;
         *device == other.device
             && *kind == other.kind
             && *membership == other.membership
             && *offload_off == other.offload_off
+            && *police == other.police
     }
 }
 
@@ -141,6 +149,7 @@ impl PortConfig {
     /// `default_tpid` is the switch's own (`--tpid`).
     pub fn options(&self, default_tpid: Tpid) -> Vec<(&'static str, String)> {
         let Self { kind, membership, offload_off, .. } = self;
+        let [rate, burst, storm, mac] = police::texts(&self.police);
         let (mode, pcp) = (membership.mode(), membership.priority());
         let double = matches!(membership.vlans(), Vlans::Double { .. });
         let inner_tpid = membership.inner_tpid();
@@ -164,6 +173,10 @@ impl PortConfig {
             tap.and_then(|tap| account(&tap.group)),
             tap.filter(|tap| tap.queues != 1).map(|tap| tap.queues.to_string()),
             offload_off.then(|| "off".to_owned()),
+            rate,
+            burst,
+            storm,
+            mac,
         ];
         let pairs = OPTIONS.into_iter().zip(values);
         pairs.filter_map(|(key, value)| Some((key, value?))).collect()
@@ -237,7 +250,9 @@ pub fn compile(ports: &[PortConfig], uplink: Option<Uplink<'_>>) -> Result<Table
     let mut left: Vec<&PortConfig> = ports.iter().collect();
     loop {
         let conflict = match Table::compile(left.iter().map(|port| &port.membership)) {
-            Ok(table) if errors.is_empty() => return Ok(table),
+            Ok(table) if errors.is_empty() => {
+                return Ok(table.with_police(left.iter().map(|port| Some(&port.police))));
+            }
             Ok(_) => return Err(errors),
             Err(conflict) => conflict,
         };

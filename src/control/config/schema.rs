@@ -64,6 +64,10 @@ const PORT_KEYS: &[Key] = &[
     key("group", NUMBER, "a group's name in quotes, or number"),
     key("queues", NUMBER, "a number from 1 to 256"),
     key("offload", OFF_AUTO, "\"off\" or \"auto\""),
+    key("rate", NUMBER, "bits a second, such as \"100M\" or \"1.5G\""),
+    key("burst", NUMBER, "bytes, such as \"200k\" or \"1M\""),
+    key("storm", NUMBER, "broadcasts and multicasts a second, such as 1000"),
+    key("mac", TEXT, "addresses in quotes, such as \"52:54:00:12:34:56\", with + between two"),
 ];
 /// The tables and their keys.
 pub(super) const SECTIONS: [(&str, &[Key]); 3] =

@@ -291,9 +291,15 @@ fn map(number: u16) -> impl Strategy<Value = String> {
         Just(",owner=0,queues=3"),
         Just(",owner=root,group=12"),
     ];
+    let police = prop_oneof![
+        Just(""),
+        Just(",rate=1500M,storm=1"),
+        Just(",rate=64001,burst=123456"),
+        Just(",mac=52:54:00:00:00:01+02:00:00:00:00:02,storm=25k"),
+    ];
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
-    (vlans, tpid, pcp, kind, flags).prop_map(
-        move |((vlans, shape), tpid, pcp, kind, (off, mode, internal))| {
+    (vlans, tpid, pcp, kind, police, flags).prop_map(
+        move |((vlans, shape), tpid, pcp, kind, police, (off, mode, internal))| {
             let device =
                 if internal { format!("internal:t{number}") } else { format!("t{number}") };
             let mut map = format!("{vlans}={device}");
@@ -316,6 +322,7 @@ fn map(number: u16) -> impl Strategy<Value = String> {
             for (key, value) in [("tpid", tpid), ("pcp", pcp), ("offload", off.then_some("off"))] {
                 map += &value.map(|value| format!(",{key}={value}")).unwrap_or_default();
             }
+            map += police;
             map
         },
     )

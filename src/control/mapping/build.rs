@@ -3,7 +3,9 @@
 
 use super::problem::MapProblem;
 use super::spec::{DEVICE, PortSpec, VLAN};
-use super::{Account, DEVICE_NAME_MAX, DeviceKind, PortConfig, TapConfig, bad_value, parse_tpid};
+use super::{
+    Account, DEVICE_NAME_MAX, DeviceKind, PortConfig, TapConfig, bad_value, parse_tpid, police,
+};
 use crate::frame::{Pcp, Tpid, Vid};
 use crate::switch::{Membership, MembershipError, Mode, Priority, Vlans};
 use nix::unistd::{Group, User};
@@ -11,7 +13,7 @@ use nix::unistd::{Group, User};
 /// A problem and the key it is about.
 pub(super) type Fault = (Option<&'static str>, MapProblem);
 
-fn at(key: &'static str) -> impl Fn(MapProblem) -> Fault {
+pub(super) fn at(key: &'static str) -> impl Fn(MapProblem) -> Fault {
     move |problem| (Some(key), problem)
 }
 
@@ -40,10 +42,11 @@ pub(super) fn port(spec: &PortSpec, default_tpid: Tpid) -> Result<PortConfig, Fa
             return Err(at("offload")(bad_value("offload", value, "choose off or auto")));
         }
     };
+    let police = police::rule(spec)?;
     let membership = Membership::new(vlans, mode, native, outer_tpid, inner_tpid, priority)
         .map_err(|error| (key_at_fault(spec, &error), MapProblem::from(error)))?;
     let origin = spec.origin().clone();
-    Ok(PortConfig { device: device.to_owned(), kind, membership, offload_off, origin })
+    Ok(PortConfig { device: device.to_owned(), kind, membership, offload_off, police, origin })
 }
 
 fn mode(spec: &PortSpec) -> Result<Option<Mode>, MapProblem> {

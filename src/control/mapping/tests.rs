@@ -8,7 +8,7 @@
 )]
 use super::*;
 use crate::frame::Vid;
-use crate::switch::Mode;
+use crate::switch::{Mode, Rate, Storm};
 use std::path::Path;
 
 fn parse_all(maps: &[String]) -> Result<(Vec<PortConfig>, Table), Vec<MapError>> {
@@ -47,6 +47,16 @@ fn the_grammar_of_the_design_is_understood() {
     let account = |given: &str| Some(Account { id: 0, given: given.to_owned() });
     let expected = TapConfig { owner: account("0"), group: account("root"), queues: 4 };
     assert_eq!(tap.kind, DeviceKind::Netdev { create: Some(expected) });
+
+    let held = port("9=t,rate=1.5G,burst=2M,storm=1k,mac=52:54:00:12:34:56+02:00:00:00:00:01");
+    let expected = PoliceRule {
+        rate: Rate::new(1_500_000_000, Some(2_000_000)),
+        storm: Storm::new(1000),
+        macs: [[0x52, 0x54, 0, 0x12, 0x34, 0x56], [2, 0, 0, 0, 0, 1]].into_iter().collect(),
+    };
+    assert_eq!(held.police, expected);
+    assert_eq!(port("9=t,rate=100M").police.rate, Rate::new(100_000_000, None));
+    assert!(port("9=t").police.is_empty());
 }
 
 #[test]
@@ -84,6 +94,21 @@ fn every_refusal_names_the_value_and_the_cure() {
         ("0=tap,mode=tunnel", "works in mode=access only"),
         ("5.6=tap,mode=trunk", "not mode=trunk"),
         ("5=tap,inner-tpid=0x8100", "inner-tpid works with a tag pair"),
+        ("5=tap,rate=fast", "rate=fast: write bits a second from 1k to 1T"),
+        ("5=tap,rate=100", "rate=100: write bits a second from 1k to 1T"),
+        ("5=tap,rate=1.1T", "rate=1.1T: write bits a second"),
+        ("5=tap,rate=10Mbit", "rate=10Mbit: write bits a second"),
+        ("5=tap,burst=100k", "burst=100k: it works with rate only: add rate=BITS"),
+        ("5=tap,rate=1M,burst=1500", "burst=1500: write bytes from 80k to 1G"),
+        ("5=tap,storm=0", "storm=0: write frames a second from 1 to 100M"),
+        ("5=tap,storm=5G", "storm=5G: write frames a second"),
+        ("5=tap,mac=x", "mac=x: write addresses such as 52:54:00:12:34:56"),
+        ("5=tap,mac=33:33:00:00:00:01", "mac=33:33:00:00:00:01: this can be no source address"),
+        ("5=tap,mac=00:00:00:00:00:00", "this can be no source address"),
+        (
+            "5=tap,mac=02:00:00:00:00:0a+02:00:00:00:00:0A",
+            "02:00:00:00:00:0A: this address is given",
+        ),
     ];
     for (map, expected) in cases {
         let message = parse(map, Tpid::Customer).err().map(|problem| problem.to_string());
@@ -161,6 +186,12 @@ fn maps_come_back_as_they_were_without_what_is_the_default() {
         ("1.2=t,mode=access,inner-tpid=0x88a8", "1.2=t,mode=access,inner-tpid=0x88a8"),
         ("7=internal:leg", "7=internal:leg"),
         ("7=t,create=no,offload=off,pcp=7", "7=t,pcp=7,create=no,offload=off"),
+        (
+            "7=t,mac=02:00:00:00:0B:01,storm=2000,burst=90000,rate=64.5k",
+            "7=t,rate=64500,burst=90k,storm=2k,mac=02:00:00:00:0b:01",
+        ),
+        ("7=t,rate=1000M,burst=6.25M", "7=t,rate=1G"),
+        ("7=internal:t,rate=1500M,burst=9M", "7=internal:t,rate=1500M,burst=9M"),
         ("7=t,group=0,owner=root,queues=4", "7=t,owner=root,group=0,queues=4"),
     ] {
         let port = port(map);
@@ -188,11 +219,17 @@ fn changes_are_refused_or_made_as_if_the_map_had_been_so() {
     assert_eq!(change("6-7=t,native=6", &[("native", "")]).unwrap(), "6-7=t");
     assert_eq!(change("5=internal:t", &[("pcp", "3")]).unwrap(), "5=internal:t,pcp=3");
     assert_eq!(change("5=t,tpid=0x88a8", &[("tpid", "")]).unwrap(), "5=t");
+    assert_eq!(
+        change("5=t,rate=1M", &[("rate", "2G"), ("storm", "9")]).unwrap(),
+        "5=t,rate=2G,storm=9"
+    );
+    assert_eq!(change("5=t,rate=1M,burst=90k", &[("rate", ""), ("burst", "")]).unwrap(), "5=t");
     for (map, changes, expected) in [
         ("5=t", &[("vlan", "")][..], "'' is no VLAN"),
         ("5=t", &[("device", "u")], "unknown option 'device'"),
         ("5=t", &[("pcp", "1"), ("pcp", "2")], "option pcp is given twice"),
         ("6-7=t,native=6", &[("vlan", "7-8")], "native=6 is not one of"),
+        ("5=t,rate=1M,burst=90k", &[("rate", "")], "burst=90k: it works with rate only"),
         ("5=t,create=no", &[("queues", "2")], "queues is for taps that vlanswitchd creates"),
     ] {
         let message = change(map, changes).unwrap_err();
