@@ -133,18 +133,21 @@ impl Daemon {
         }
         let created_before = self.created();
         let prepared = self.open_ports(&positions).map(|opened| {
-            let mut memberships = self.ports.memberships();
+            let mut configs = self.ports.configs();
             for (position, config) in &changed {
-                if let Some(place) = memberships.get_mut(*position) {
-                    *place = Some(&config.membership);
+                if let Some(place) = configs.get_mut(*position) {
+                    *place = Some(config);
                 }
             }
             for position in &removed {
-                if let Some(place) = memberships.get_mut(*position) {
+                if let Some(place) = configs.get_mut(*position) {
                     *place = None;
                 }
             }
-            (opened, Table::compile(memberships))
+            let memberships = configs.iter().map(|config| config.map(|one| &one.membership));
+            let rules = configs.iter().map(|config| config.map(|one| &one.police));
+            let table = Table::compile(memberships);
+            (opened, table.map(|table| table.with_police(rules)))
         });
         let (opened, table) = match prepared {
             Ok((opened, Ok(table))) => (opened, table),

@@ -142,7 +142,7 @@ impl Ports {
     }
 
     /// Each position's configuration, empty positions included.
-    pub fn memberships(&self) -> Vec<Option<&crate::switch::Membership>> {
-        self.places.iter().map(|place| place.as_ref().map(|port| &port.config.membership)).collect()
+    pub fn configs(&self) -> Vec<Option<&PortConfig>> {
+        self.places.iter().map(|place| place.as_ref().map(|port| &port.config)).collect()
     }
 }
