@@ -53,8 +53,13 @@ impl Rate {
     /// up to 74 kB once its segments have their headers (123 of them, at the smallest
     /// MSS of RFC 9293), must fit, or it could never pass.
     pub const BURST_RANGE: (u64, u64) = (80_000, NANOSECONDS);
-    /// How long at the full rate the burst is that nobody chose: 50 ms.
-    const BURSTS_A_SECOND: u64 = 20;
+    /// How long at the full rate the burst is that nobody chose: 200 ms, the shortest
+    /// time Linux waits before it sends again what was lost (`TCP_RTO_MIN` in
+    /// `include/net/tcp.h`). While it waits the bucket saves up what it would have sent;
+    /// a smaller one runs over, and a TCP connection gets that much less. Measured at
+    /// 50 Mbit/s: 24 % of the rate with 50 ms, 48 % with 100 ms, 87-95 % with 200 ms.
+    /// Over ten seconds it is 2 % of what the rate lets through.
+    const BURSTS_A_SECOND: u64 = 5;
 
     /// A rate in bits a second, with a burst in bytes or the default one. `None`
     /// outside of [`Rate::RANGE`] and [`Rate::BURST_RANGE`].
@@ -66,7 +71,7 @@ impl Rate {
     }
 
     /// The burst of a rate for which none was chosen, in bytes: what it lets through in
-    /// 50 ms, within [`Rate::BURST_RANGE`].
+    /// 200 ms, within [`Rate::BURST_RANGE`].
     pub fn default_burst(bits_per_second: u64) -> u64 {
         let (least, most) = Self::BURST_RANGE;
         (bits_per_second / 8 / Self::BURSTS_A_SECOND).clamp(least, most)

@@ -190,7 +190,7 @@ fn maps_come_back_as_they_were_without_what_is_the_default() {
             "7=t,mac=02:00:00:00:0B:01,storm=2000,burst=90000,rate=64.5k",
             "7=t,rate=64500,burst=90k,storm=2k,mac=02:00:00:00:0b:01",
         ),
-        ("7=t,rate=1000M,burst=6.25M", "7=t,rate=1G"),
+        ("7=t,rate=1000M,burst=25M", "7=t,rate=1G"),
         ("7=internal:t,rate=1500M,burst=9M", "7=internal:t,rate=1500M,burst=9M"),
         ("7=t,group=0,owner=root,queues=4", "7=t,owner=root,group=0,queues=4"),
     ] {
