@@ -6,7 +6,7 @@ use super::ports::Attached;
 use crate::control::api::EventKind;
 use crate::control::checks;
 use crate::control::host::{FoundPort, Sealing};
-use crate::control::links::{LinkEvent, LinkState};
+use crate::control::links::{LinkEvent, LinkState, QDISC_REMOVED};
 use crate::control::mapping::DeviceKind;
 use crate::control::parallel::{beside, in_parallel};
 use crate::control::start_error::StartError;
@@ -589,6 +589,11 @@ impl Daemon {
     fn device_unhooked(&mut self, index: u32, cause: &str) {
         let Some((_, port)) = self.ports.by_index(index) else { return };
         let name = port.config.device.clone();
+        if cause == QDISC_REMOVED && self.uncleared.contains(&index) {
+            // libvirt begins to apply <bandwidth>: what settling has left is in its way.
+            self.uncleared.retain(|uncleared| *uncleared != index);
+            self.host.clear_up(index);
+        }
         if let Some(text) = self.host.keep_sealed(&name, index, cause) {
             self.tell(EventKind::Seal, Some(&name), text);
         }
