@@ -16,6 +16,7 @@ use super::tc::{Attached, Direction};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 /// `enum bpf_attach_type`.
 fn attach_type(direction: Direction) -> u32 {
@@ -38,6 +39,34 @@ const REPLACE: u32 = 1 << 2;
 const BEFORE: u32 = 1 << 3;
 /// BPF_MPROG_MAX: what one hook can hold.
 const MAX_PROGRAMS: usize = 64;
+
+/// Programs this process loaded and attaches, which it need not ask the kernel for:
+/// that takes CAP_SYS_ADMIN, which a running switch has given up.
+static OURS: Mutex<Vec<AttachedProgram>> = Mutex::new(Vec::new());
+
+/// Remembers a program, so that it is recognised at a hook without CAP_SYS_ADMIN.
+///
+/// # Errors
+/// The kernel's, for anything but a program, or without descriptors left.
+pub fn remember(program: BorrowedFd<'_>) -> Result<(), BpfError> {
+    let (id, name) = describe(program)?;
+    let fd = duplicate(program)?;
+    OURS.lock().unwrap_or_else(PoisonError::into_inner).push(AttachedProgram { id, name, fd });
+    Ok(())
+}
+
+fn remembered(id: u32) -> Result<Option<AttachedProgram>, BpfError> {
+    let ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(found) = ours.iter().find(|program| program.id == id) else { return Ok(None) };
+    let fd = duplicate(found.fd.as_fd())?;
+    Ok(Some(AttachedProgram { id, name: found.name.clone(), fd }))
+}
+
+fn duplicate(program: BorrowedFd<'_>) -> Result<OwnedFd, BpfError> {
+    program
+        .try_clone_to_owned()
+        .map_err(|error| BpfError::from_io("duplicate a BPF program's descriptor", error))
+}
 
 /// A program standing at a hook.
 #[derive(Debug)]
@@ -105,14 +134,20 @@ pub fn detach(name: &str, device: u32, direction: Direction) -> Result<bool, Bpf
     Ok(found)
 }
 
-/// The programs at a hook of interface `device`, in the order they run.
+/// The programs at a hook of interface `device`, in the order they run. Without
+/// CAP_SYS_ADMIN, those of them that were [remembered](remember), if any.
 ///
 /// # Errors
 /// As for [`attach`].
 pub fn programs(device: u32, direction: Direction) -> Result<Vec<AttachedProgram>, BpfError> {
     let ids = program_ids(device, direction)?;
     let mut programs = Vec::with_capacity(ids.len());
+    let mut unidentified = false;
     for &id in &ids {
+        if let Some(program) = remembered(id)? {
+            programs.push(program);
+            continue;
+        }
         let mut attributes = ProgramById { prog_id: id, ..ProgramById::default() };
         // SAFETY: the attributes hold no address, and the command opens an fd.
         match unsafe { bpf_open(&PROG_GET_FD_BY_ID, &mut attributes) } {
@@ -122,13 +157,16 @@ pub fn programs(device: u32, direction: Direction) -> Result<Vec<AttachedProgram
             // Detached by somebody since we asked.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                let place = place(direction);
-                return Err(BpfError::Unidentified { device, place, count: ids.len() });
+                unidentified = true;
             }
             Err(error) => {
                 return Err(failed("identify the BPF programs of", device, direction, error));
             }
         }
+    }
+    if unidentified && programs.is_empty() {
+        let place = place(direction);
+        return Err(BpfError::Unidentified { device, place, count: ids.len() });
     }
     Ok(programs)
 }
@@ -159,6 +197,11 @@ fn failed(action: &str, device: u32, direction: Direction, error: io::Error) -> 
 
 /// The name a program was loaded with, as far as the kernel stores it.
 fn name_of(program: BorrowedFd<'_>) -> Result<String, BpfError> {
+    Ok(describe(program)?.1)
+}
+
+/// A program's number and name.
+fn describe(program: BorrowedFd<'_>) -> Result<(u32, String), BpfError> {
     let mut info = ProgramInfo::default();
     let mut attributes = InfoByFd {
         bpf_fd: program.as_raw_fd() as u32,
@@ -170,5 +213,5 @@ fn name_of(program: BorrowedFd<'_>) -> Result<String, BpfError> {
     unsafe { bpf(&OBJ_GET_INFO_BY_FD, &mut attributes) }
         .map_err(|error| BpfError::from_io("ask for a BPF program's name", error))?;
     let name = CStr::from_bytes_until_nul(&info.name).unwrap_or_default();
-    Ok(name.to_string_lossy().into_owned())
+    Ok((info.id, name.to_string_lossy().into_owned()))
 }
