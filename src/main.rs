@@ -8,6 +8,7 @@ use tracing_subscriber::filter::LevelFilter;
 use vlanswitchd::control::cli::{Arguments, Config, LogFormat};
 use vlanswitchd::control::config::check;
 use vlanswitchd::control::daemon::Daemon;
+use vlanswitchd::control::privileges;
 
 /// Exit status for wrong arguments or configuration, the one clap uses too.
 const WRONG_CONFIGURATION: u8 = 2;
@@ -28,6 +29,12 @@ fn main() -> ExitCode {
             }
             Err(errors) => complain_of_all(errors, WRONG_CONFIGURATION),
         };
+    }
+    privileges::abort_on_panic();
+    if let Some(user) = &config.user
+        && let Err(error) = privileges::become_user(user)
+    {
+        return complain(&error, WRONG_CONFIGURATION);
     }
     let daemon = match Daemon::start(config) {
         Ok(daemon) => daemon,

@@ -72,7 +72,7 @@ impl Bed {
             PollMode::Busy,
         )
         .unwrap();
-        let worker = worker.spawn(commands, departed).unwrap();
+        let worker = worker.spawn(commands, departed, || {}).unwrap();
         let names = Names::default();
         for (interface, name) in [(None, "eth0"), (Some(TUNNEL), "web"), (Some(ACCESS), "mail")] {
             names.set(interface, name);

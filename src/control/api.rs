@@ -256,6 +256,8 @@ pub enum EventKind {
     Overload,
     /// A device's seal was taken away and put back.
     Seal,
+    /// A worker does not answer, or does again.
+    Worker,
     /// The reader was too slow for some events.
     Missed,
 }

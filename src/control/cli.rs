@@ -2,7 +2,7 @@
 //! file is in [`config`](super::config).
 
 use crate::control::config::file::{GUEST_MTU, GUEST_MTUS};
-use crate::control::config::{Control, Datapath, Metrics};
+use crate::control::config::{Control, Datapath, Metrics, SandboxMode};
 use crate::dataplane::PollMode;
 use clap::{ArgAction, Parser};
 use std::path::PathBuf;
@@ -45,6 +45,14 @@ pub struct Arguments {
     /// [default: 0x8100]
     #[arg(long, value_name = "T")]
     pub(super) tpid: Option<String>,
+
+    /// The user to be once started; needs root at the start [default: who starts it]
+    #[arg(long, value_name = "NAME")]
+    pub(super) user: Option<String>,
+
+    /// Whether system calls and files are restricted to what the switch needs [default: on]
+    #[arg(long, value_enum)]
+    pub(super) sandbox: Option<SandboxMode>,
 
     /// How frames are moved; auto takes the fastest path that works here [default: auto]
     #[arg(long, value_enum)]

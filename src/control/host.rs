@@ -150,6 +150,7 @@ impl Host {
     /// [`HostError`] without capabilities or BPF.
     pub fn new() -> Result<Self, HostError> {
         let seal = bpf::load(ProgramKind::SchedCls, SEAL_NAME, &seal_program()?)?;
+        bpf::tcx::remember(seal.as_fd())?;
         Ok(Self { links: LinkSocket::new()?, seal, disturbed: Vec::new() })
     }
 
@@ -237,6 +238,13 @@ impl Host {
             result => result?,
         }
         Ok(())
+    }
+
+    /// Learns to know a device's seal, of whatever run it is, while the kernel still tells.
+    pub fn recognise_seal(&self, index: u32) {
+        if let Err(error) = bpf::tcx::recognise(SEAL_NAME, index, Direction::Ingress) {
+            debug!("programs of device {index}: {error}");
+        }
     }
 
     /// Moves a sealed device's seal to the place where it costs a frame least. Takes

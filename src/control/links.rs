@@ -61,7 +61,22 @@ pub use wire::{LinkDetails, VlanDevice};
 
 use std::io;
 
+use crate::sys::sandbox::Call;
 use nix::errno::Errno;
+
+/// What following and changing devices takes.
+pub const CALLS: &[Call] = &[
+    Call::one_of(libc::SYS_socket, 0, &[libc::AF_NETLINK.cast_unsigned()]),
+    Call::any(libc::SYS_bind),
+    Call::any(libc::SYS_connect),
+    Call::any(libc::SYS_getsockname),
+    Call::any(libc::SYS_setsockopt),
+    Call::any(libc::SYS_sendto),
+    Call::any(libc::SYS_recvfrom),
+    // The index of a device.
+    Call::one_of(libc::SYS_socket, 0, &[libc::AF_UNIX.cast_unsigned()]),
+    Call::one_of(libc::SYS_ioctl, 1, &[libc::SIOCGIFINDEX as u32]),
+];
 
 /// What went wrong with a device or the netlink socket, in words for people.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,7 @@
 //! What runs beside the packet path: configuration, following the devices, the
 //! daemon itself. It may block, allocate and log; nothing here is called per frame.
 
+pub mod accounts;
 pub mod api;
 pub mod capture;
 mod checks;
@@ -15,7 +16,7 @@ pub mod mapping;
 pub mod metrics;
 mod mtu;
 mod parallel;
-mod privileges;
+pub mod privileges;
 mod probe;
 pub mod report;
 pub mod server;

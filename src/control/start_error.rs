@@ -2,7 +2,7 @@
 
 use crate::control::host::HostError;
 use crate::control::links::LinkError;
-use crate::control::privileges::MissingCapabilities;
+use crate::control::privileges::{ConfineError, MissingCapabilities};
 use crate::control::server::SocketError;
 use crate::control::takeover::TakeOverError;
 use crate::dataplane::WorkerError;
@@ -89,6 +89,9 @@ pub enum StartError {
     /// What was taken over cannot become what is configured.
     #[error("taken over, but not changed to this configuration: {0}")]
     Change(String),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// A socket cannot be listened on.
     #[error(transparent)]
     Socket(#[from] SocketError),

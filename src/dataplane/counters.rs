@@ -49,9 +49,20 @@ impl Peak {
 #[derive(Debug, Default)]
 pub struct WorkerShared {
     busy: Counter,
+    beats: Counter,
 }
 
 impl WorkerShared {
+    /// Counts a [`Command::Beat`](super::Command::Beat).
+    pub(super) fn beat(&self) {
+        self.beats.add(1);
+    }
+
+    /// Beats it has answered.
+    pub fn beats(&self) -> u64 {
+        self.beats.get()
+    }
+
     /// Counts time spent moving frames.
     #[inline]
     pub fn add_busy(&self, time: Duration) {

@@ -18,4 +18,4 @@ pub use capture::{
 };
 pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared, WorkerShared};
 pub use pace::{Pace, PollMode};
-pub use worker::{Command, Departed, Notice, Slot, Worker, WorkerError, WorkerHandle};
+pub use worker::{CALLS, Command, Departed, Notice, Slot, Worker, WorkerError, WorkerHandle};

@@ -21,6 +21,7 @@ use crate::frame::{TAG_LEN, TagStack};
 use crate::port::Device;
 use crate::switch::{DropReason, GuestVerdict, PortIndex, Table, UplinkVerdict};
 use crate::sys::packet::{BURST, Burst, CopyPool, Received, SendSpace};
+use crate::sys::sandbox::Call;
 use arrayvec::ArrayVec;
 use crossbeam_channel::{Receiver, Sender};
 use mio::unix::SourceFd;
@@ -43,6 +44,16 @@ const ROUNDS_TO_COOL: u32 = 64;
 /// `ring_overrun`.
 const DRAIN_TIME: Duration = Duration::from_millis(20);
 
+/// What the loop takes, beside what its devices do.
+pub const CALLS: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_epoll_wait),
+    Call::any(libc::SYS_epoll_pwait),
+    Call::any(libc::SYS_epoll_ctl),
+    // The waker.
+    Call::any(libc::SYS_read),
+];
+
 /// What control tells a worker.
 #[derive(Debug)]
 pub enum Command {
@@ -61,6 +72,8 @@ pub enum Command {
     Capture(Box<Sink>),
     /// Give all devices back as they are, at once, and end: another process goes on.
     Freeze,
+    /// Show that the loop goes round, by [`WorkerShared::beats`].
+    Beat,
     /// Forward what has arrived, give all devices back and end.
     Stop,
 }
@@ -211,7 +224,7 @@ impl Worker {
         Ok((worker, command_sender, notice_receiver))
     }
 
-    /// Starts the loop on a thread of its own.
+    /// Starts the loop on a thread of its own, which does `begin` first.
     ///
     /// # Errors
     /// [`WorkerError`] when there is no thread or descriptor left.
@@ -219,10 +232,14 @@ impl Worker {
         self,
         commands: Sender<Command>,
         notices: Receiver<Notice>,
+        begin: impl FnOnce() + Send + 'static,
     ) -> Result<WorkerHandle, WorkerError> {
         let waker = Arc::new(Waker::new(self.poll.registry(), WAKER)?);
         let shared = Arc::clone(&self.shared);
-        let thread = std::thread::Builder::new().name("worker".into()).spawn(move || self.run())?;
+        let thread = std::thread::Builder::new().name("worker".into()).spawn(move || {
+            begin();
+            self.run();
+        })?;
         Ok(WorkerHandle { commands, waker, notices, shared, thread })
     }
 
@@ -427,6 +444,7 @@ impl Worker {
                     self.freeze();
                     return ControlFlow::Break(());
                 }
+                Command::Beat => self.shared.beat(),
                 Command::Stop => {
                     self.stop();
                     return ControlFlow::Break(());

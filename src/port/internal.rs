@@ -6,9 +6,13 @@ use crate::frame::edit::HEADROOM;
 use crate::frame::vnet::VNET_HEADER_LEN;
 use crate::frame::{FrameBuffer, VnetHeader};
 use crate::sys::packet::{Burst, CopyPool, Received};
+use crate::sys::sandbox::Call;
 
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// What moving its frames takes.
+pub const CALLS: &[Call] = &[Call::any(libc::SYS_read), Call::any(libc::SYS_write)];
 
 /// A tap, from the file descriptor's side.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ mod internal;
 mod memory;
 mod netdev;
 
-pub use internal::InternalPort;
+pub use internal::{CALLS as INTERNAL_CALLS, InternalPort};
 pub use memory::MemoryPort;
 pub use netdev::{NetdevOptions, NetdevPort};
 

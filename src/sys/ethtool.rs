@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code, reason = "SIOCETHTOOL has no wrapper in nix")]
 
+use crate::sys::sandbox::Call;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::io;
@@ -24,6 +25,12 @@ const SFEATURES: u32 = 0x3b;
 const SS_FEATURES: u32 = 4;
 /// ETH_GSTRING_LEN in 32-bit words.
 const STRING_WORDS: usize = 8;
+
+/// What asking for features takes.
+pub const CALLS: &[Call] = &[
+    Call::one_of(libc::SYS_socket, 0, &[libc::AF_UNIX.cast_unsigned()]),
+    Call::one_of(libc::SYS_ioctl, 1, &[libc::SIOCETHTOOL as u32]),
+];
 
 /// Why features cannot be read or set.
 #[derive(Debug, thiserror::Error)]

@@ -11,4 +11,5 @@ pub mod hand_over;
 pub mod netns;
 pub mod packet;
 pub mod peer;
+pub mod sandbox;
 pub mod tap;

@@ -26,6 +26,7 @@ use super::bpf::UplinkFilter;
 use crate::frame::edit::HEADROOM;
 use crate::frame::vnet::VNET_HEADER_LEN;
 use crate::frame::{FrameBuffer, Tag, Tci, Tpid, VnetHeader};
+use crate::sys::sandbox::Call;
 use arrayvec::ArrayVec;
 use libc::{c_int, c_void, socklen_t};
 use nix::errno::Errno;
@@ -66,6 +67,27 @@ pub struct PacketError {
     /// The kernel's answer.
     pub errno: Errno,
 }
+
+/// What moving frames takes.
+pub const MOVING_CALLS: &[Call] = &[
+    Call::any(libc::SYS_sendmmsg),
+    // Super-frames that fit no slot.
+    Call::any(libc::SYS_recvfrom),
+    Call::any(libc::SYS_recvmsg),
+    // An error taken off a socket, and its entrance closed.
+    Call::one_of(libc::SYS_getsockopt, 2, &[libc::SO_ERROR.cast_unsigned()]),
+    Call::one_of(libc::SYS_setsockopt, 2, &[libc::SO_ATTACH_FILTER.cast_unsigned()]),
+];
+
+/// What opening a device and reading its counts takes, beside what any thread does.
+pub const OPENING_CALLS: &[Call] = &[
+    Call::one_of(libc::SYS_socket, 0, &[libc::AF_PACKET.cast_unsigned()]),
+    Call::any(libc::SYS_bind),
+    Call::any(libc::SYS_setsockopt),
+    Call::any(libc::SYS_getsockopt),
+    // A second descriptor for the counts.
+    Call::one_of(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC.cast_unsigned()]),
+];
 
 fn at(step: &'static str) -> impl FnOnce(Errno) -> PacketError {
     move |errno| PacketError { step, errno }

@@ -13,6 +13,7 @@
 
 #![allow(unsafe_code, reason = "the ioctls of /dev/net/tun have no wrapper in nix")]
 
+use crate::sys::sandbox::Call;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -38,6 +39,27 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(tun_set_send_buffer, libc::TUNSETSNDBUF, libc::c_int);
     nix::ioctl_read_bad!(tun_get_send_buffer, libc::TUNGETSNDBUF, libc::c_int);
 }
+
+/// What making and opening taps takes.
+pub const CALLS: &[Call] = &[
+    Call::any(libc::SYS_openat),
+    Call::one_of(
+        libc::SYS_ioctl,
+        1,
+        &[
+            libc::TUNSETIFF as u32,
+            libc::TUNGETIFF as u32,
+            libc::TUNSETPERSIST as u32,
+            libc::TUNSETOWNER as u32,
+            libc::TUNSETGROUP as u32,
+            libc::TUNSETOFFLOAD as u32,
+            libc::TUNSETVNETHDRSZ as u32,
+            libc::TUNGETVNETHDRSZ as u32,
+            libc::TUNSETSNDBUF as u32,
+            libc::TUNGETSNDBUF as u32,
+        ],
+    ),
+];
 
 /// How a tap is made or opened.
 #[derive(Debug, Clone, PartialEq, Eq)]

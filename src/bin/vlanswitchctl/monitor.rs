@@ -23,9 +23,11 @@ fn tone(kind: EventKind) -> Tone {
     match kind {
         EventKind::PortAttached | EventKind::UplinkAttached => Tone::Good,
         EventKind::PortDetached | EventKind::Link => Tone::Doubtful,
-        EventKind::UplinkDetached | EventKind::Overload | EventKind::Seal | EventKind::Missed => {
-            Tone::Bad
-        }
+        EventKind::UplinkDetached
+        | EventKind::Overload
+        | EventKind::Seal
+        | EventKind::Worker
+        | EventKind::Missed => Tone::Bad,
         EventKind::PortAdded
         | EventKind::PortRemoved
         | EventKind::PortChanged

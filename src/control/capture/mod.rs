@@ -10,4 +10,5 @@ mod pcapng;
 mod session;
 
 pub use names::Names;
+pub use output::CALLS;
 pub use session::{End, Options, Session, Summary};

@@ -5,6 +5,7 @@
 //! closing: both directions (or a pipe) means gone; only its sending direction
 //! (`shutdown`) asks for the end, and it will read what is left to say.
 
+use crate::sys::sandbox::Call;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,6 +15,19 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+/// What writing for a slow reader takes.
+pub const CALLS: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_poll),
+    Call::any(libc::SYS_ppoll),
+    Call::any(libc::SYS_recvfrom),
+    Call::one_of(
+        libc::SYS_fcntl,
+        1,
+        &[libc::F_GETFL.cast_unsigned(), libc::F_SETFL.cast_unsigned()],
+    ),
+];
 
 /// How long one wait for the reader lasts, in milliseconds.
 const STEP_MS: u8 = 100;

@@ -7,7 +7,7 @@
 //! line: the file has no grammar of its own beyond TOML's.
 
 use super::schema::{self, Kinds, PORT_TABLE, SECTIONS, SWITCH_TABLE, UPLINK_TABLE};
-use super::settings::{Control, Datapath, LogFormat, Metrics, word};
+use super::settings::{Control, Datapath, LogFormat, Metrics, SandboxMode, word};
 use crate::control::mapping::{Origin, PortSpec, one_line, parse_tpid};
 use crate::dataplane::PollMode;
 use crate::frame::Tpid;
@@ -63,6 +63,10 @@ pub struct FileConfig {
     pub control: Option<Control>,
     /// Where metrics are served.
     pub metrics: Option<Metrics>,
+    /// The user to become.
+    pub user: Option<String>,
+    /// Whether the process is confined.
+    pub sandbox: Option<SandboxMode>,
     /// How to write.
     pub log_format: Option<LogFormat>,
     /// The ports as written, in their order.
@@ -254,6 +258,12 @@ impl Reader<'_> {
                     .parse()
                     .map(|metrics| config.metrics = Some(metrics))
                     .map_err(|error| format!("{error}")),
+                "user" if text.is_empty() => Err("it is empty: name a user".to_owned()),
+                "user" => {
+                    config.user = Some(text);
+                    Ok(())
+                }
+                "sandbox" => word(&text).map(|mode: SandboxMode| config.sandbox = Some(mode)),
                 _ => word(&text).map(|format| config.log_format = Some(format)),
             };
             if let Err(problem) = result {

@@ -25,7 +25,7 @@ pub mod show;
 #[cfg(test)]
 mod tests;
 
-pub use settings::{Control, Datapath, LogFormat, Metrics};
+pub use settings::{Control, Datapath, LogFormat, Metrics, SandboxMode};
 
 use crate::control::cli::Arguments;
 use crate::control::mapping::{self, MapError, MapProblem, PortConfig, PortSpec, Uplink};
@@ -62,6 +62,10 @@ pub struct Config {
     pub control: Control,
     /// Where metrics are served.
     pub metrics: Metrics,
+    /// The user to become.
+    pub user: Option<String>,
+    /// Whether the process is confined.
+    pub sandbox: SandboxMode,
     /// How to write.
     pub log_format: LogFormat,
     /// 0 notices, 1 details, 2 debugging.
@@ -242,6 +246,8 @@ impl Config {
                 set_uplink_mtu: arguments.set_uplink_mtu.or(told.set_mtu),
                 control: control.unwrap_or_default(),
                 metrics: arguments.metrics.clone().or(told.metrics).unwrap_or_default(),
+                user: arguments.user.clone().or(told.user),
+                sandbox: arguments.sandbox.or(told.sandbox).unwrap_or(SandboxMode::On),
                 log_format: arguments.log_format.or(told.log_format).unwrap_or(LogFormat::Text),
                 verbosity: arguments.verbose,
                 file,
@@ -290,6 +296,13 @@ impl Config {
                 Some(Control::default().to_string()),
             ),
             fixed(switch, "metrics", self.metrics.to_string(), Some(Metrics::Off.to_string())),
+            fixed(switch, "user", self.user.clone().unwrap_or_default(), Some(String::new())),
+            fixed(
+                switch,
+                "sandbox",
+                settings::name(&self.sandbox),
+                Some(settings::name(&SandboxMode::On)),
+            ),
             fixed(
                 switch,
                 "log-format",

@@ -11,6 +11,7 @@ use super::schema::{PORT_TABLE, value_for};
 use super::show;
 use crate::control::mapping::{self, DeviceKind, MapError, PortConfig, Uplink};
 use crate::frame::Tpid;
+use crate::sys::sandbox::Call;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
@@ -19,6 +20,36 @@ use std::sync::Arc;
 use tempfile::Builder;
 use thiserror::Error;
 use toml_edit::{ArrayOfTables, DocumentMut, Item, RawString, Table};
+
+/// What reading the file, and writing it anew, takes.
+pub const CALLS: &[Call] = &[
+    Call::any(libc::SYS_openat),
+    Call::any(libc::SYS_read),
+    Call::any(libc::SYS_lseek),
+    Call::any(libc::SYS_statx),
+    Call::any(libc::SYS_newfstatat),
+    Call::any(libc::SYS_fstat),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_stat),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_lstat),
+    // The file a link leads to.
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_readlink),
+    Call::any(libc::SYS_readlinkat),
+    Call::any(libc::SYS_getcwd),
+    // A temporary file beside it, that takes its place.
+    Call::any(libc::SYS_fchmod),
+    Call::any(libc::SYS_fchown),
+    Call::any(libc::SYS_fsync),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_rename),
+    Call::any(libc::SYS_renameat),
+    Call::any(libc::SYS_renameat2),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_unlink),
+    Call::any(libc::SYS_unlinkat),
+];
 
 fn io_cure(error: &io::Error) -> &'static str {
     match error.kind() {

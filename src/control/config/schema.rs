@@ -33,6 +33,7 @@ const NUMBER: Kinds = Kinds { integer: true, ..TEXT };
 const TPID: Kinds = Kinds { hexadecimal: true, ..TEXT };
 const YES_NO: Kinds = Kinds { boolean: Some(["no", "yes"]), ..TEXT };
 const MTU: Kinds = Kinds { integer: true, ..YES_NO };
+const ON_OFF: Kinds = Kinds { boolean: Some(["off", "on"]), ..TEXT };
 const OFF_AUTO: Kinds = Kinds { boolean: Some(["off", "auto"]), ..TEXT };
 
 const fn key(name: &'static str, kinds: Kinds, example: &'static str) -> Key {
@@ -49,6 +50,8 @@ const SWITCH_KEYS: &[Key] = &[
     key("poll", TEXT, "\"adaptive\", \"busy\" or \"sleep\""),
     key("control", TEXT, "a path in quotes, or \"none\""),
     key("metrics", NUMBER, "an address in quotes, such as \"127.0.0.1:9101\", a port, or \"none\""),
+    key("user", NUMBER, "a user's name in quotes, or number"),
+    key("sandbox", ON_OFF, "\"on\", \"log\" or \"off\""),
     key("log-format", TEXT, "\"text\" or \"json\""),
 ];
 const PORT_KEYS: &[Key] = &[

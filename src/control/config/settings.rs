@@ -30,6 +30,17 @@ pub enum Datapath {
     Packet,
 }
 
+/// Whether the process is confined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SandboxMode {
+    /// Another system call than those known ends it
+    On,
+    /// For finding out: files are free, and the kernel's log names other system calls
+    Log,
+    /// System calls and files are free
+    Off,
+}
+
 impl ValueEnum for PollMode {
     fn value_variants<'a>() -> &'a [Self] {
         &[Self::Adaptive, Self::Busy, Self::Sleep]

@@ -11,25 +11,29 @@ mod change;
 mod devices;
 mod examine;
 mod handing;
+mod heartbeat;
 mod ports;
 mod watch;
 
 use crate::control::api::{Event, EventKind, Removed};
 use crate::control::config::Metrics;
-use crate::control::config::{Config, LogFormat};
+use crate::control::config::{Config, LogFormat, SandboxMode};
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
+use crate::control::privileges::Confined;
 use crate::control::server::{Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
 use crate::control::start_error::StartError;
 use crate::control::{checks, privileges, probe};
-use crate::dataplane::{Abilities, UplinkShared, Worker, WorkerHandle};
+use crate::dataplane::{Abilities, Command, Notice, UplinkShared, Worker, WorkerHandle};
 use crate::sys::bpf::UplinkFilter;
 use crate::sys::packet::KernelCounter;
 use capturing::Captures;
 use change::Claims;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::CreatedTap;
 use examine::Examinations;
 use handing::Inheritance;
+use heartbeat::Heartbeat;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
@@ -95,6 +99,9 @@ pub struct Daemon {
     server: Server,
     captures: Captures,
     examinations: Examinations,
+    heartbeat: Heartbeat,
+    /// From the end of the start on.
+    confined: Option<Confined>,
     /// Held for as long as the uplink is ours.
     claim: OwnedFd,
     /// How many tables the worker was given.
@@ -142,6 +149,7 @@ impl Daemon {
             abilities,
             config.poll,
         )?;
+        let sandbox = config.sandbox;
         let mut daemon = Self {
             name: config.uplink.clone(),
             config,
@@ -151,7 +159,7 @@ impl Daemon {
             uplink: Uplink { shared, filter, mtu, slots: 0, attached: None, watched },
             ports,
             claims,
-            worker: Some(worker.spawn(commands, notices)?),
+            worker: Some(spawn_confined(worker, commands, notices, sandbox)?),
             watched_worker: WatchedWorker::default(),
             abilities,
             retired: None,
@@ -163,6 +171,8 @@ impl Daemon {
             server,
             captures: Captures::default(),
             examinations,
+            heartbeat: Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now()),
+            confined: None,
             claim,
             tables: 0,
             overruns_seen: 0,
@@ -182,7 +192,22 @@ impl Daemon {
         if let Some(wanted) = wanted {
             daemon.become_config(wanted).map_err(|error| StartError::Change(error.to_string()))?;
         }
+        daemon.confined = Some(daemon.confine()?);
         Ok(daemon)
+    }
+
+    /// Gives up what only the start takes.
+    fn confine(&mut self) -> Result<Confined, StartError> {
+        for (_, port) in self.ports.iter() {
+            if let Some(index) = port.index() {
+                self.host.recognise_seal(index);
+            }
+        }
+        privileges::confine(&self.config).map_err(|error| {
+            self.stop();
+            self.remove_created(0);
+            StartError::from(error)
+        })
     }
 
     fn attach_all(&mut self) -> Result<(), StartError> {
@@ -233,12 +258,17 @@ impl Daemon {
     fn react(&mut self, show: &mut impl FnMut(&str)) -> io::Result<()> {
         let mut events = Events::with_capacity(64);
         let mut next_tick = Instant::now();
+        let mut next_beat = next_tick;
         loop {
-            match self.poll.poll(&mut events, Some(self.time_to_wait(next_tick))) {
+            match self.poll.poll(&mut events, Some(self.time_to_wait(next_tick.min(next_beat)))) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
             let now = Instant::now();
+            if now >= next_beat {
+                self.beat(now);
+                next_beat = now + self.heartbeat.interval;
+            }
             if now >= next_tick {
                 self.tick(now);
                 self.take_notices();
@@ -310,7 +340,7 @@ impl Daemon {
     /// Tells whoever listens, and the log.
     fn tell(&mut self, kind: EventKind, device: Option<&str>, text: String) {
         match kind {
-            EventKind::Seal | EventKind::Overload => warn!("{text}"),
+            EventKind::Seal | EventKind::Overload | EventKind::Worker => warn!("{text}"),
             _ => info!("{text}"),
         }
         let device = device.map(str::to_owned);
@@ -359,6 +389,21 @@ fn claim_uplink(uplink: &str) -> Result<UnixListener, StartError> {
         io::ErrorKind::AddrInUse => StartError::UplinkTaken(uplink.to_owned()),
         _ => StartError::Control(error),
     })
+}
+
+/// Starts the worker, which confines itself before anything else.
+fn spawn_confined(
+    worker: Worker,
+    commands: Sender<Command>,
+    notices: Receiver<Notice>,
+    sandbox: SandboxMode,
+) -> Result<WorkerHandle, StartError> {
+    let (tell, told) = bounded(1);
+    let begin = move || drop(tell.send(privileges::confine_worker(sandbox)));
+    let handle = worker.spawn(commands, notices, begin)?;
+    // The other end goes only with the thread.
+    told.recv().unwrap_or(Ok(()))?;
+    Ok(handle)
 }
 
 fn block_signals() -> Result<SignalFd, io::Error> {

@@ -6,9 +6,9 @@ use super::spec::{DEVICE, PortSpec, VLAN};
 use super::{
     Account, DEVICE_NAME_MAX, DeviceKind, PortConfig, TapConfig, bad_value, parse_tpid, police,
 };
+use crate::control::accounts;
 use crate::frame::{Pcp, Tpid, Vid};
 use crate::switch::{Membership, MembershipError, Mode, Priority, Vlans};
-use nix::unistd::{Group, User};
 
 /// A problem and the key it is about.
 pub(super) type Fault = (Option<&'static str>, MapProblem);
@@ -195,8 +195,8 @@ fn device_kind(spec: &PortSpec, internal: bool) -> Result<DeviceKind, Fault> {
 fn account(option: &'static str, value: &str) -> Result<Account, MapProblem> {
     let found = match (parse_number(value), option) {
         (Some(id), _) => Some(id),
-        (None, "owner") => User::from_name(value).ok().flatten().map(|user| user.uid.as_raw()),
-        (None, _) => Group::from_name(value).ok().flatten().map(|group| group.gid.as_raw()),
+        (None, "owner") => accounts::id(accounts::Kind::User, value),
+        (None, _) => accounts::id(accounts::Kind::Group, value),
     };
     match found {
         Some(id) => Ok(Account { id, given: value.to_owned() }),

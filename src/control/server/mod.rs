@@ -26,6 +26,7 @@ pub use stream::CaptureStream;
 pub use varlink::Refusal;
 
 use crate::control::api::{Event, EventKind, EventReply, Request};
+use crate::sys::sandbox::Call;
 use client::{Client, Stream};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -37,6 +38,22 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use tracing::{debug, warn};
+
+/// What serving callers takes, and removing the sockets' files at the end.
+pub const CALLS: &[Call] = &[
+    Call::any(libc::SYS_accept4),
+    Call::any(libc::SYS_getsockopt),
+    Call::any(libc::SYS_read),
+    Call::any(libc::SYS_recvfrom),
+    Call::any(libc::SYS_sendto),
+    Call::any(libc::SYS_writev),
+    Call::any(libc::SYS_shutdown),
+    Call::one_of(libc::SYS_ioctl, 1, &[libc::FIONBIO as u32]),
+    Call::any(libc::SYS_statx),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_unlink),
+    Call::any(libc::SYS_unlinkat),
+];
 
 /// Clients at once.
 const CLIENTS_MAX: usize = 64;

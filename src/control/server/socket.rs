@@ -152,10 +152,10 @@ fn bind_anew(option: &'static str, path: &Path, mode: u32) -> Result<UnixListene
         }
         result => result.map_err(unusable)?,
     };
-    if let Ok(Some(group)) = Group::from_name(GROUP) {
-        // Without the right to give it away it stays ours.
-        let _ = chown(path, None, Some(group.gid));
-    }
+    // Where there is no such group it is root's, not that of --user: others may be in
+    // that. Without the right to give it away it stays ours.
+    let group = Group::from_name(GROUP).ok().flatten().map_or(Gid::from_raw(0), |group| group.gid);
+    let _ = chown(path, None, Some(group));
     Ok(socket)
 }
 

@@ -45,7 +45,7 @@ pub use programs::{
     vlan_pop_program, vlan_pop_redirect, vlan_push_program, vlan_push_redirect,
     xdp_count_drop_program, xdp_drop_program,
 };
-pub use syscall::{BpfError, ProgramKind, load};
+pub use syscall::{BpfError, CALLS, ProgramKind, load};
 pub use tc::{
     Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,
     move_to_tcx, move_to_tcx_leaving_qdisc,

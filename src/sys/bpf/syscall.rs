@@ -7,6 +7,7 @@
 #![allow(unsafe_code, reason = "bpf(2) has no wrapper in libc or nix")]
 
 use super::assembler::{AssemblyError, Instruction};
+use crate::sys::sandbox::Call;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::ffi::{CStr, CString};
 use std::io;
@@ -125,6 +126,23 @@ pub(super) const OBJ_GET_INFO_BY_FD: Command<InfoByFd> = Command::new(15);
 pub(super) const PROG_QUERY: Command<ProgramQuery> = Command::new(16);
 pub(super) const MAP_LOOKUP_BATCH: Command<MapBatch> = Command::new(24);
 pub(super) const LINK_CREATE: Command<LinkCreate> = Command::new(28);
+
+/// What following seals, claims and counts takes: no map and no program is made after
+/// the start.
+pub const CALLS: &[Call] = &[Call::one_of(
+    libc::SYS_bpf,
+    0,
+    &[
+        MAP_LOOKUP_ELEM.number as u32,
+        MAP_UPDATE_ELEM.number as u32,
+        MAP_LOOKUP_BATCH.number as u32,
+        PROG_ATTACH.number as u32,
+        PROG_DETACH.number as u32,
+        PROG_GET_FD_BY_ID.number as u32,
+        OBJ_GET_INFO_BY_FD.number as u32,
+        PROG_QUERY.number as u32,
+    ],
+)];
 
 /// A command together with the layout of `union bpf_attr` it reads.
 pub(super) struct Command<T> {

@@ -55,6 +55,20 @@ pub fn remember(program: BorrowedFd<'_>) -> Result<(), BpfError> {
     Ok(())
 }
 
+/// Remembers the programs called `name` at a hook, of an earlier run too, while
+/// CAP_SYS_ADMIN tells which they are.
+///
+/// # Errors
+/// As for [`attach`].
+pub fn recognise(name: &str, device: u32, direction: Direction) -> Result<(), BpfError> {
+    for program in programs(device, direction)?.into_iter().filter(|other| other.name == name) {
+        if remembered(program.id)?.is_none() {
+            remember(program.fd.as_fd())?;
+        }
+    }
+    Ok(())
+}
+
 fn remembered(id: u32) -> Result<Option<AttachedProgram>, BpfError> {
     let ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(found) = ours.iter().find(|program| program.id == id) else { return Ok(None) };

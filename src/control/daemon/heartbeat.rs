@@ -1,0 +1,132 @@
+//! Whether the worker still goes round, and telling systemd (`WatchdogSec=`).
+//!
+//! Control sends the worker a command that does nothing but count, one at a time and
+//! once a second at most, so that an idle worker is hardly woken. One that was not
+//! answered when the next is due means that the worker is stuck: that is noticed within
+//! two seconds. systemd is told that all is well only while it is; if it hears nothing
+//! for its time, it restarts us. It then hears nothing either if control is stuck.
+
+use super::Daemon;
+use crate::control::api::EventKind;
+use crate::dataplane::Command;
+use sd_notify::NotifyState;
+use std::time::{Duration, Instant};
+
+/// Between two beats, at most.
+const INTERVAL_MAX: Duration = Duration::from_secs(1);
+
+/// The beats of a worker.
+#[derive(Debug)]
+pub struct Heartbeat {
+    /// Between two beats.
+    pub interval: Duration,
+    /// Whether somebody waits for news.
+    watched: bool,
+    asked: u64,
+    asked_at: Instant,
+    stuck: bool,
+}
+
+/// What a look at the worker says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pulse {
+    /// It has answered: ask again.
+    Answered,
+    /// It answers again: ask again.
+    Recovered,
+    /// It has not answered yet, and need not have.
+    Awaited,
+    /// It has not answered in time: the first look that finds it so.
+    Lost,
+    /// It still has not.
+    StillLost,
+}
+
+impl Heartbeat {
+    /// For a systemd that wants to hear something in this time, if there is one.
+    pub fn new(watchdog: Option<Duration>, now: Instant) -> Self {
+        let interval = watchdog.map_or(INTERVAL_MAX, |time| (time / 2).min(INTERVAL_MAX));
+        Self { interval, watched: watchdog.is_some(), asked: 0, asked_at: now, stuck: false }
+    }
+
+    /// Looks at the number of beats a worker has answered in all.
+    pub fn look(&mut self, answered: u64, now: Instant) -> Pulse {
+        if answered >= self.asked {
+            self.asked = answered + 1;
+            self.asked_at = now;
+            return if std::mem::take(&mut self.stuck) {
+                Pulse::Recovered
+            } else {
+                Pulse::Answered
+            };
+        }
+        // Not sooner than in a second, however often systemd wants to hear.
+        if now.saturating_duration_since(self.asked_at) < INTERVAL_MAX {
+            return Pulse::Awaited;
+        }
+        if std::mem::replace(&mut self.stuck, true) { Pulse::StillLost } else { Pulse::Lost }
+    }
+}
+
+impl Daemon {
+    /// Looks after the worker and tells systemd; to be called once an interval.
+    pub(super) fn beat(&mut self, now: Instant) {
+        let Some(worker) = &self.worker else { return };
+        let pulse = self.heartbeat.look(worker.shared.beats(), now);
+        match pulse {
+            Pulse::Answered | Pulse::Recovered => worker.send(Command::Beat),
+            Pulse::Awaited | Pulse::Lost | Pulse::StillLost => {}
+        }
+        match pulse {
+            Pulse::Lost => {
+                let text = "the worker does not answer: no frame is being forwarded".to_owned();
+                self.tell(EventKind::Worker, None, text);
+            }
+            Pulse::Recovered => {
+                self.tell(EventKind::Worker, None, "the worker answers again".to_owned());
+            }
+            Pulse::Answered | Pulse::Awaited | Pulse::StillLost => {}
+        }
+        if self.heartbeat.watched && !matches!(pulse, Pulse::Lost | Pulse::StillLost) {
+            // It has asked for it; if it is gone, nothing is lost.
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stuck_worker_is_noticed_once_within_two_seconds() {
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        for (watchdog, interval) in [(None, 1000), (Some(10_000), 1000), (Some(400), 200)] {
+            let mut beats = Heartbeat::new(watchdog.map(Duration::from_millis), start);
+            assert_eq!(beats.interval, Duration::from_millis(interval));
+            // Answers each beat until it gets stuck, right after an answer.
+            let mut answered = 0;
+            for step in 0..10 {
+                assert_eq!(beats.look(answered, at(step * interval)), Pulse::Answered);
+                answered += 1;
+            }
+            let stuck_at = 9 * interval;
+            let mut noticed = None;
+            for step in 10..30 {
+                let now = step * interval;
+                // The last beat it answered was asked for at `stuck_at`.
+                match beats.look(answered, at(now)) {
+                    Pulse::Lost => noticed = noticed.or(Some(now - stuck_at)),
+                    Pulse::StillLost => assert!(noticed.is_some()),
+                    Pulse::Answered => assert_eq!(now, 10 * interval),
+                    Pulse::Awaited => assert!(noticed.is_none()),
+                    Pulse::Recovered => unreachable!("it never answers"),
+                }
+            }
+            assert!(noticed.is_some_and(|after| after <= 2000), "{noticed:?}");
+            assert_eq!(beats.look(answered + 1, at(30 * interval)), Pulse::Recovered);
+            assert_eq!(beats.look(answered + 2, at(31 * interval)), Pulse::Answered);
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The two sandboxes: who may make which system calls, and use which files.
+//!
+//! The lists of calls stand beside the code that makes them; here they are only put
+//! together. The worker moves frames between descriptors it is given: it opens
+//! nothing. The control thread, and those it starts (captures, the doctor, opening
+//! many sockets at once), also open devices, read and write the configuration file,
+//! and serve callers.
+
+use super::{RUNNING, keep_only};
+use crate::control::accounts;
+use crate::control::capture;
+use crate::control::config::{Config, Metrics, SandboxMode, persist};
+use crate::control::{links, server};
+use crate::port::INTERNAL_CALLS;
+use crate::sys::sandbox::{
+    Call, Extent, Filter, RUNTIME, Restricted, SandboxError, THREADS, Use, Verdict, restrict_files,
+};
+use crate::sys::{bpf, ethtool, packet, tap};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+use tracing::{info, warn};
+
+/// What the control loop takes beside what it uses.
+const LOOP: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_epoll_wait),
+    Call::any(libc::SYS_epoll_pwait),
+    Call::any(libc::SYS_epoll_ctl),
+    // Signals come by a descriptor; the worker is woken by another.
+    Call::any(libc::SYS_read),
+    // systemd is told by a datagram, with descriptors if need be.
+    Call::any(libc::SYS_sendmsg),
+    // The limit of open files, of this process only.
+    Call::on_ourselves(libc::SYS_prlimit64, 0),
+    Call::one_of(libc::SYS_prlimit64, 0, &[0]),
+    // Whether a capability is there, for messages.
+    Call::any(libc::SYS_capget),
+    Call::any(libc::SYS_geteuid),
+];
+
+/// A thread that cannot be confined.
+#[derive(Debug, Error)]
+pub enum ConfineError {
+    /// System calls or files.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// Capabilities.
+    #[error("cannot give up capabilities: {0}")]
+    Capabilities(#[from] caps::errors::CapsError),
+}
+
+/// The control thread is confined for as long as it lives; this keeps what that takes.
+#[derive(Debug)]
+pub struct Confined {
+    _files: Option<Restricted>,
+}
+
+/// System calls of the worker.
+pub fn worker_calls() -> impl Iterator<Item = Call> {
+    [RUNTIME, crate::dataplane::CALLS, packet::MOVING_CALLS, INTERNAL_CALLS]
+        .into_iter()
+        .flatten()
+        .copied()
+}
+
+/// System calls of the control thread and its helpers.
+pub fn control_calls() -> impl Iterator<Item = Call> {
+    let lists = [
+        RUNTIME,
+        THREADS,
+        LOOP,
+        packet::MOVING_CALLS,
+        packet::OPENING_CALLS,
+        tap::CALLS,
+        ethtool::CALLS,
+        bpf::CALLS,
+        links::CALLS,
+        server::CALLS,
+        capture::CALLS,
+        persist::CALLS,
+    ];
+    lists.into_iter().flatten().copied()
+}
+
+fn filter(
+    mode: SandboxMode,
+    calls: impl Iterator<Item = Call>,
+) -> Result<Option<Filter>, SandboxError> {
+    match mode {
+        SandboxMode::Off => Ok(None),
+        SandboxMode::On => Filter::new(calls, Verdict::Kill).map(Some),
+        SandboxMode::Log => Filter::new(calls, Verdict::Log).map(Some),
+    }
+}
+
+/// Confines the calling thread, the worker: no capability, no file, and the system
+/// calls that move frames.
+///
+/// # Errors
+/// [`ConfineError`].
+pub fn confine_worker(mode: SandboxMode) -> Result<(), ConfineError> {
+    let filter = filter(mode, worker_calls())?;
+    keep_only(&[])?;
+    if mode == SandboxMode::On {
+        restrict_files(&[])?;
+    }
+    if let Some(filter) = filter {
+        filter.install()?;
+    }
+    Ok(())
+}
+
+/// Confines the calling thread, the control thread of a switch that forwards.
+///
+/// # Errors
+/// [`ConfineError`].
+pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
+    let filter = filter(config.sandbox, control_calls())?;
+    keep_only(&RUNNING)?;
+    let Some(filter) = filter else {
+        warn!("--sandbox off: system calls and files are not restricted");
+        return Ok(Confined { _files: None });
+    };
+    accounts::confine();
+    let files = if config.sandbox == SandboxMode::On {
+        let places = places(config);
+        let rules: Vec<(&Path, Use)> =
+            places.iter().map(|(path, usage)| (path.as_path(), *usage)).collect();
+        let files = restrict_files(&rules)?;
+        match files.extent {
+            Extent::Full => {}
+            Extent::Part => info!("this kernel's Landlock is older: files are restricted in part"),
+            Extent::Nothing => info!("this kernel has no Landlock: files are not restricted"),
+        }
+        Some(files)
+    } else {
+        None
+    };
+    filter.install()?;
+    Ok(Confined { _files: files })
+}
+
+/// The files a running switch uses.
+fn places(config: &Config) -> Vec<(PathBuf, Use)> {
+    let mut places: Vec<(PathBuf, Use)> = [
+        // Names of users and groups. Both files are replaced when they change, and a rule
+        // for a file would stay with the old one.
+        ("/etc", Use::Read),
+        // Settings of taps, the number of CPUs.
+        ("/sys", Use::Read),
+        // IPv6 on and off.
+        ("/proc/sys/net", Use::Write),
+        ("/dev/net/tun", Use::Device),
+    ]
+    .map(|(path, usage)| (PathBuf::from(path), usage))
+    .into();
+    if let Some(file) = &config.file {
+        // A link may lead elsewhere, and both ends are read again.
+        let target = file.canonicalize().unwrap_or_else(|_| file.clone());
+        places.extend(folder_of(&target).map(|folder| (folder, Use::Replace)));
+        places.extend(folder_of(file).map(|folder| (folder, Use::Read)));
+    }
+    let metrics = match &config.metrics {
+        Metrics::Unix(path) => Some(path.as_path()),
+        Metrics::Off | Metrics::Tcp(_) => None,
+    };
+    for socket in [config.control.path(), metrics].into_iter().flatten() {
+        places.extend(folder_of(socket).map(|folder| (folder, Use::Remove)));
+    }
+    places
+}
+
+fn folder_of(path: &Path) -> Option<PathBuf> {
+    let folder = path.parent()?;
+    Some(if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() })
+}
