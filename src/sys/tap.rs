@@ -339,6 +339,14 @@ fn system(name: &str, action: &'static str) -> impl FnOnce(Errno) -> TapError {
     move |errno| TapError::System { name, action, source: errno.into() }
 }
 
+/// Whether this user may open the driver.
+///
+/// # Errors
+/// [`TapError::NoDriver`].
+pub fn check_driver() -> Result<(), TapError> {
+    open_driver().map(drop)
+}
+
 fn open_driver() -> Result<OwnedFd, TapError> {
     let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     open(DEVICE, flags, Mode::empty()).map_err(|errno| TapError::NoDriver(errno.into()))

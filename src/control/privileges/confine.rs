@@ -121,6 +121,7 @@ pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
         warn!("--sandbox off: system calls and files are not restricted");
         return Ok(Confined { _files: None });
     };
+    warn_of_what_is_lost(config);
     accounts::confine();
     let files = if config.sandbox == SandboxMode::On {
         let places = places(config);
@@ -138,6 +139,21 @@ pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
     };
     filter.install()?;
     Ok(Confined { _files: files })
+}
+
+/// Says what the start could do and the running switch cannot, as this user.
+fn warn_of_what_is_lost(config: &Config) {
+    if let Err(error) = tap::check_driver() {
+        warn!("taps cannot be created while the switch runs: {error}");
+    }
+    if let Some(file) = &config.file
+        && let Err(error) = std::fs::File::open(file)
+    {
+        warn!(
+            "{}: {error}: it cannot be read again while the switch runs: let the user              vlanswitchd runs as read it",
+            file.display()
+        );
+    }
 }
 
 /// The files a running switch uses.
