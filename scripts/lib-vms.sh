@@ -10,5 +10,5 @@ prepare_guests() {
         die 'cannot install what guests need'
     # The guest's kernel comes from the same lists, though it is never installed.
     apt-cache show linux-image-amd64 >/dev/null 2>&1 || apt-get -qq update
-    [ -n "${VLANSWITCHD:-}" ] || cargo build --release --quiet || die 'cannot build vlanswitchd'
+    [ -n "${VLANSWITCHD:-}" ] || cargo build --locked --release --quiet || die 'cannot build vlanswitchd'
 }
