@@ -57,7 +57,7 @@ impl Daemon {
         let selection = Selection { place, drops_only: wanted.drops.unwrap_or(false) };
         self.name_interfaces();
         let (sink, source) = capture(selection, snaplen, self.ports.places());
-        let stream = self.server.hand_over(client, self.poll.registry());
+        let stream = self.server.hand_over(client);
         let Some(stream) = stream.map(CaptureStream::new) else { return Ok(()) };
         let session = Session::start(source, self.captures.names.clone(), options, stream)
             .map_err(Refusal::failed)?;

@@ -45,7 +45,7 @@ impl Daemon {
             return Err(Refusal::refused(format!("it serves uplink {}, not {uplink}", self.name)));
         }
         self.server.reply(client, &serde_json::json!({}));
-        let Some(mut stream) = self.server.hand_over(client, self.poll.registry()) else {
+        let Some(mut stream) = self.server.hand_over(client) else {
             return Ok(());
         };
         let result = self.offer(&mut stream);

@@ -21,7 +21,7 @@ use crate::control::config::{Config, LogFormat, SandboxMode};
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
 use crate::control::privileges::Confined;
-use crate::control::server::{Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
+use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
 use crate::control::start_error::StartError;
 use crate::control::{checks, privileges, probe};
 use crate::dataplane::{Abilities, Command, Notice, UplinkShared, Worker, WorkerHandle};
@@ -55,7 +55,7 @@ const LINKS: Token = Token(1);
 const EXAMINED: Token = Token(2);
 /// The server's tokens begin here.
 const SERVER: usize = 3;
-/// Calls answered before signals and devices have their turn again.
+/// Calls answered and connections taken before signals and devices have their turn again.
 const CALLS_PER_TURN: usize = 16;
 /// Between two seals moved: each holds the kernel's device lock for a while.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
@@ -290,7 +290,7 @@ impl Daemon {
                     }
                     LINKS => self.follow_links(),
                     EXAMINED => self.answer_examinations(),
-                    token => self.server.note(token, self.poll.registry()),
+                    token => self.server.note(token),
                 }
             }
             self.serve(now);
@@ -329,8 +329,11 @@ impl Daemon {
     /// Answers callers, each in turn and no more than a few.
     fn serve(&mut self, now: Instant) {
         for _ in 0..CALLS_PER_TURN {
-            let Some((client, wish)) = self.server.next_call(now) else { break };
-            self.answer(client, wish, now);
+            match self.server.next_call(now) {
+                Some(Served::Wish(client, wish)) => self.answer(client, wish, now),
+                Some(Served::Here) => {}
+                None => break,
+            }
         }
         while let Some((client, wish)) = self.server.next_due(now) {
             self.answer(client, wish, now);

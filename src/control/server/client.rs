@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 /// The longest message a client may send, in bytes.
 const MESSAGE_MAX: usize = 64 << 10;
-/// How long half a message, or an answer nobody takes, may stay.
+/// How long half a message, or an answer nobody takes, may stay; a stream's may stay
+/// as long as nobody needs the place.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
 
 /// A client's connection.
@@ -105,11 +106,15 @@ pub struct Client {
     closing: bool,
     /// Since when it owes us the rest of a message, or room for an answer.
     owes_since: Option<Instant>,
+    /// When it last asked something, or was seen to have taken something.
+    active: Instant,
+    /// It has taken something since it was last looked at.
+    took: bool,
 }
 
 impl Client {
     /// A client that has just come.
-    pub fn new(connection: Connection, protocol: Protocol) -> Self {
+    pub fn new(connection: Connection, protocol: Protocol, now: Instant) -> Self {
         let may_change = match (&connection, protocol) {
             (Connection::Unix(stream), Protocol::Varlink { gid }) => {
                 Peer::of(stream).is_ok_and(|peer| {
@@ -132,12 +137,25 @@ impl Client {
             format: http::Format::default(),
             closing: false,
             owes_since: None,
+            active: now,
+            took: false,
         }
+    }
+
+    /// Whether it calls methods; if not, it reads metrics.
+    pub fn calls(&self) -> bool {
+        matches!(self.protocol, Protocol::Varlink { .. })
     }
 
     /// Whether it may change things.
     pub fn may_change(&self) -> bool {
         self.may_change
+    }
+
+    /// Takes its rights away.
+    #[cfg(test)]
+    pub fn demote(&mut self) {
+        self.may_change = false;
     }
 
     /// When something is due by the clock.
@@ -168,13 +186,31 @@ impl Client {
         }
     }
 
+    /// Its call is answered later, under this number. Meanwhile it owes nothing: we do.
+    pub fn wait_for(&mut self, number: u64) {
+        self.waits_for = Some(number);
+        self.owes_since = None;
+    }
+
+    /// Since when it has been of no use, if it is: not while it is to be answered, nor
+    /// while it takes what its stream brings.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let served = self.waits_for.is_some() || self.took;
+        let reads_along = self.stream.is_some() && self.output.is_empty();
+        (!served && !reads_along).then_some(self.active)
+    }
+
     /// Looks for something to do.
     pub fn next_message(&mut self, now: Instant) -> Next {
         self.flush();
+        if std::mem::take(&mut self.took) {
+            self.active = now;
+        }
         let next = self.look(now);
+        let owes_room = !self.output.is_empty() && self.stream.is_none();
         // Who came for metrics owes a request from the first moment.
-        let owes =
-            !self.output.is_empty() || !self.input.is_empty() || self.protocol == Protocol::Http;
+        let owes_message = !self.input.is_empty() || self.protocol == Protocol::Http;
+        let owes = self.waits_for.is_none() && (owes_room || owes_message);
         self.owes_since = if owes { self.owes_since.or(Some(now)) } else { None };
         next
     }
@@ -198,6 +234,7 @@ impl Client {
                 }
                 let message: Vec<u8> = self.input.drain(..length).collect();
                 self.owes_since = Some(now);
+                self.active = now;
                 return self.understand(&message);
             }
             if self.input.len() > MESSAGE_MAX {
@@ -323,6 +360,7 @@ impl Client {
         }
         if sent > 0 {
             self.owes_since = None;
+            self.took = true;
             self.output.drain(..sent);
         }
         if self.output.capacity() > MESSAGE_MAX && self.output.is_empty() {

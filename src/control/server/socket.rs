@@ -187,7 +187,8 @@ impl Listener {
     /// The next connection; `None` if nobody waits.
     ///
     /// # Errors
-    /// The system's, such as having no descriptors left.
+    /// The system's, such as having no descriptors left; `ConnectionAborted` and
+    /// `Interrupted` say nothing about the next.
     pub fn accept(&self) -> io::Result<Option<(Connection, Protocol)>> {
         let accepted = match &self.socket {
             Socket::Unix(socket) => socket.accept().and_then(|(stream, _)| {
@@ -202,15 +203,6 @@ impl Listener {
         match accepted {
             Ok(connection) => Ok(Some((connection, self.protocol_now()))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            // It has gone again: look for the next.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
-                ) =>
-            {
-                self.accept()
-            }
             Err(error) => Err(error),
         }
     }
