@@ -6,8 +6,9 @@
 //! after that is the operator's choice.
 
 use super::client::{Connection, Protocol};
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Group, chown};
@@ -18,7 +19,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -139,15 +140,25 @@ fn bind_anew(option: &'static str, path: &Path, mode: u32) -> Result<UnixListene
         |reason| SocketError::Unusable { option, place: path.display().to_string(), reason };
     let socket = match listen_at(path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
-                return Err(SocketError::Taken { option, path: path.display().to_string() });
-            }
-            // Left behind by one that died. Anything but a socket stays, and is in the way.
+            // Anything but a socket stays, and is in the way.
             let metadata = fs::symlink_metadata(path).map_err(unusable)?;
             if metadata.mode() & libc::S_IFMT != libc::S_IFSOCK {
                 return Err(unusable(io::Error::other("a file that is no socket is there")));
             }
-            fs::remove_file(path).map_err(unusable)?;
+            match knock(path) {
+                // EAGAIN: somebody listens and is behind, or hangs.
+                Ok(()) | Err(Errno::EAGAIN) => {
+                    return Err(SocketError::Taken { option, path: path.display().to_string() });
+                }
+                // Left behind by one that died.
+                Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(unusable)?,
+                Err(Errno::ENOENT) => {}
+                // Not a stream socket.
+                Err(Errno::EPROTOTYPE) => {
+                    return Err(unusable(io::Error::other("another program's socket is there")));
+                }
+                Err(errno) => return Err(unusable(errno.into())),
+            }
             listen_at(path, mode).map_err(unusable)?
         }
         result => result.map_err(unusable)?,
@@ -157,6 +168,14 @@ fn bind_anew(option: &'static str, path: &Path, mode: u32) -> Result<UnixListene
     let group = Group::from_name(GROUP).ok().flatten().map_or(Gid::from_raw(0), |group| group.gid);
     let _ = chown(path, None, Some(group));
     Ok(socket)
+}
+
+/// Connects, without waiting for whoever listens (`unix_stream_connect` and
+/// `unix_find_bsd` in `net/unix/af_unix.c`).
+fn knock(path: &Path) -> nix::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
@@ -260,5 +279,54 @@ impl std::ops::Drop for Listener {
         {
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    use super::*;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    /// What binding a control socket at `path` says; it may not wait.
+    fn bind_at(path: &Path) -> Result<Listener, SocketError> {
+        let (sender, result) = mpsc::channel();
+        let path = path.to_owned();
+        std::thread::spawn(move || sender.send(bind_control(&path, &mut HashMap::new())));
+        result.recv_timeout(Duration::from_secs(10)).unwrap()
+    }
+
+    #[test]
+    fn what_somebody_listens_on_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("hung");
+        let fd =
+            socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        // Room for one, who is never let in.
+        listen(&fd, Backlog::new(0).unwrap()).unwrap();
+        let waits = UnixStream::connect(&path).unwrap();
+        assert_eq!(knock(&path), Err(Errno::EAGAIN));
+        assert!(matches!(bind_at(&path), Err(SocketError::Taken { .. })));
+        drop(waits);
+
+        let path = folder.path().join("datagrams");
+        let other = UnixDatagram::bind(&path).unwrap();
+        assert!(matches!(bind_at(&path), Err(SocketError::Unusable { .. })));
+        UnixDatagram::unbound().unwrap().send_to(b"x", &path).unwrap();
+        drop(other);
+        drop(bind_at(&path).unwrap());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_in_the_way_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(bind_at(&path), Err(SocketError::Unusable { .. })));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
     }
 }
