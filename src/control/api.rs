@@ -397,6 +397,11 @@ impl Request {
             | Self::Examine {} => false,
         }
     }
+
+    /// Whether it has many answers, if the caller takes them.
+    pub fn streams(&self) -> bool {
+        matches!(self, Self::GetStats { .. } | Self::Monitor {} | Self::Capture(_))
+    }
 }
 
 /// What to capture.

@@ -124,6 +124,10 @@ pub fn read_call(message: &[u8], may_change: bool) -> Result<Call, ()> {
         Ok(request) if request.changes() && !may_change => {
             refuse(Refusal { error: format!("{SERVICE}.PermissionDenied"), parameters: json!({}) })
         }
+        // Many answers and none: a contradiction.
+        Ok(request) if oneway && more && request.streams() => {
+            refuse(Refusal::of_service("InvalidParameter", "parameter", "oneway"))
+        }
         Ok(request) => Ok(Call::Method { request, more, oneway }),
         Err(error) => {
             let error = error.to_string();
@@ -231,6 +235,18 @@ mod tests {
                 r#"MethodNotFound {"method":"org.vlanswitchd.Y"}"#,
             ),
             (r#"{"method":"org.vlanswitchd.GetPort"}"#, r#"InvalidParameter {"parameter":"name"}"#),
+            (
+                r#"{"method":"org.vlanswitchd.Capture","more":true,"oneway":true}"#,
+                r#"PermissionDenied {}"#,
+            ),
+            (
+                r#"{"method":"org.vlanswitchd.Monitor","more":true,"oneway":true}"#,
+                r#"InvalidParameter {"parameter":"oneway"}"#,
+            ),
+            (
+                r#"{"method":"org.vlanswitchd.GetStats","more":true,"oneway":true}"#,
+                r#"InvalidParameter {"parameter":"oneway"}"#,
+            ),
             (
                 r#"{"method":"org.vlanswitchd.RemovePort","parameters":{"name":"t"}}"#,
                 "PermissionDenied {}",
