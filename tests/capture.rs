@@ -99,7 +99,8 @@ impl Bed {
         };
         change(&mut options);
         self.send(Command::Capture(Box::new(sink)));
-        Session::start(source, self.names.clone(), options, File::from(output)).unwrap()
+        let prepared = Session::prepare(source, self.names.clone(), options).unwrap();
+        prepared.start(File::from(output))
     }
 
     /// Attaches devices that replay their frames once: both ports', then the

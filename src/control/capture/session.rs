@@ -13,14 +13,15 @@ use super::output::{Output, Reader};
 use super::pcapng::{Statistics, Writer};
 use crate::dataplane::{Chunk, Place, Record, Source};
 use crate::switch::PortIndex;
-use crossbeam_channel::RecvTimeoutError;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How often the reader is looked at when nothing comes.
 const LOOK: Duration = Duration::from_millis(100);
@@ -34,7 +35,7 @@ pub struct Options {
     pub filter: Option<Program>,
     /// The most bytes kept of a frame, as the sink was told.
     pub snaplen: u32,
-    /// After how many frames to end.
+    /// After how many frames to end; after 0, at once.
     pub limit: Option<u64>,
 }
 
@@ -72,29 +73,55 @@ pub struct Summary {
 pub struct Session {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Summary>>,
+    /// Disconnected when the thread has ended, its output closed.
+    ended: Receiver<Infallible>,
+}
+
+/// A capture with all it needs but its reader. Dropping it ends it.
+#[derive(Debug)]
+pub struct Prepared<W> {
+    session: Session,
+    output: Sender<W>,
+}
+
+impl<W> Prepared<W> {
+    /// Starts the capture: it writes to `output`, which is set non-blocking and
+    /// closed at the end.
+    pub fn start(self, output: W) -> Session {
+        // There is room for the one, and the thread waits for it.
+        let _ = self.output.send(output);
+        self.session
+    }
 }
 
 impl Session {
-    /// Starts a thread that writes what comes from `source` to `output`, which is
-    /// set non-blocking and closed at the end.
+    /// Starts a thread that is to write what comes from `source`, once it is told
+    /// where to.
     ///
     /// # Errors
-    /// The kernel's: no thread left, or an unusable descriptor.
-    pub fn start<W>(source: Source, names: Names, options: Options, output: W) -> io::Result<Self>
+    /// The kernel's: no thread left.
+    pub fn prepare<W>(source: Source, names: Names, options: Options) -> io::Result<Prepared<W>>
     where
         W: Write + AsFd + Send + 'static,
     {
         let stop = Arc::new(AtomicBool::new(false));
-        let output = Output::new(output, Arc::clone(&stop))?;
         let stopped = Arc::clone(&stop);
+        let (output, reader) = bounded::<W>(1);
+        let (running, ended) = bounded(0);
         let thread = std::thread::Builder::new().name("capture".into()).spawn(move || {
+            let _running = running;
             let mut tally = Tally::default();
-            let end =
-                run(&source, names, &options, output, &stopped, &mut tally).unwrap_or_else(End::of);
+            let end = reader
+                .recv()
+                .map_err(|_| io::ErrorKind::BrokenPipe.into())
+                .and_then(|output| Output::new(output, Arc::clone(&stopped)))
+                .and_then(|output| run(&source, names, &options, output, &stopped, &mut tally))
+                .unwrap_or_else(End::of);
             let Tally { taken, written, .. } = tally;
             Summary { end, taken, written, missed: source.missed_in_all() }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        let session = Self { stop, thread: Some(thread), ended };
+        Ok(Prepared { session, output })
     }
 
     /// Asks the session to write what has been recorded, and the statistics, and to
@@ -106,6 +133,11 @@ impl Session {
     /// Whether it has ended, so that [`Session::join`] does not wait.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the end, but no longer than this; whether it came.
+    pub fn wait(&self, deadline: Instant) -> bool {
+        self.ended.recv_deadline(deadline) == Err(RecvTimeoutError::Disconnected)
     }
 
     /// Waits for the end.
@@ -214,6 +246,9 @@ impl<'o, W: Write + AsFd> File<'o, W> {
     fn copy(&mut self, source: &Source, stop: &AtomicBool, tally: &mut Tally) -> io::Result<End> {
         let mut asked = false;
         loop {
+            if self.is_full(tally) {
+                return Ok(End::Limit);
+            }
             // When asked to end, the worker hands over what it still has and lets go.
             // One that sleeps has nothing, and does not answer either.
             if !asked && stop.load(Ordering::Relaxed) {
@@ -222,11 +257,8 @@ impl<'o, W: Write + AsFd> File<'o, W> {
             }
             match source.receive(LOOK) {
                 Ok(chunk) => {
-                    let full = self.write(&chunk, tally)?;
+                    self.write(&chunk, tally)?;
                     source.give_back(chunk);
-                    if full {
-                        return Ok(End::Limit);
-                    }
                     if source.is_empty() {
                         self.writer.flush()?;
                     }
@@ -245,16 +277,19 @@ impl<'o, W: Write + AsFd> File<'o, W> {
         }
     }
 
-    /// Writes the frames of a chunk that the filter keeps; whether the limit is
-    /// reached.
-    fn write(&mut self, chunk: &Chunk, tally: &mut Tally) -> io::Result<bool> {
+    fn is_full(&self, tally: &Tally) -> bool {
+        self.options.limit.is_some_and(|limit| tally.written >= limit)
+    }
+
+    /// Writes the frames of a chunk that the filter keeps, up to the limit.
+    fn write(&mut self, chunk: &Chunk, tally: &mut Tally) -> io::Result<()> {
         for record in chunk.records() {
             self.record(&record, tally)?;
-            if self.options.limit.is_some_and(|limit| tally.written >= limit) {
-                return Ok(true);
+            if self.is_full(tally) {
+                break;
             }
         }
-        Ok(false)
+        Ok(())
     }
 
     fn record(&mut self, record: &Record<'_>, tally: &mut Tally) -> io::Result<()> {

@@ -8,7 +8,11 @@ use crate::control::capture::{Names, Options, Session};
 use crate::control::server::{CaptureStream, ClientId, Refusal};
 use crate::dataplane::{Command, Place, SINKS_MAX, SNAPLEN_MAX, Selection, capture};
 use crate::switch::PortIndex;
-use tracing::info;
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+
+/// How long captures may delay the end of the daemon.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Captures under way.
 #[derive(Debug, Default)]
@@ -22,6 +26,25 @@ impl Captures {
     /// How many there are.
     pub fn running(&self) -> usize {
         self.sessions.iter().filter(|(_, session)| !session.is_finished()).count()
+    }
+
+    /// Asks all to write what they still have and to end. Returns until when they are
+    /// waited for.
+    pub fn stop(&self) -> Instant {
+        for (_, session) in &self.sessions {
+            session.stop();
+        }
+        Instant::now() + PATIENCE
+    }
+
+    /// Waits until all have ended, or to the deadline: with the process, what they
+    /// have not written is lost.
+    pub fn finish(&self, deadline: Instant) {
+        for (_, session) in &self.sessions {
+            if !session.wait(deadline) {
+                warn!("a capture's reader does not read: its file ends early");
+            }
+        }
     }
 }
 
@@ -57,10 +80,11 @@ impl Daemon {
         let selection = Selection { place, drops_only: wanted.drops.unwrap_or(false) };
         self.name_interfaces();
         let (sink, source) = capture(selection, snaplen, self.ports.places());
-        let stream = self.server.hand_over(client);
-        let Some(stream) = stream.map(CaptureStream::new) else { return Ok(()) };
-        let session = Session::start(source, self.captures.names.clone(), options, stream)
-            .map_err(Refusal::failed)?;
+        // All that can fail comes first: who has the connection cannot refuse any more.
+        let prepared = Session::prepare(source, self.captures.names.clone(), options)
+            .map_err(|error| Refusal::failed(format!("no thread for a capture: {error}")))?;
+        let Some(stream) = self.server.hand_over(client) else { return Ok(()) };
+        let session = prepared.start(CaptureStream::new(stream));
         self.captures.sessions.push((place, session));
         self.command(Command::Capture(Box::new(sink)));
         info!("capturing: {}", wanted.port.as_deref().unwrap_or("everything"));

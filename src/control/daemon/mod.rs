@@ -239,12 +239,15 @@ impl Daemon {
     ) -> io::Result<()> {
         announce(&self.banner());
         let result = self.react(&mut show);
+        let deadline = self.captures.stop();
         if self.handed_over {
             // Everything is the other process's now: nothing is put back.
             self.server.leave_files();
+            self.captures.finish(deadline);
             return result;
         }
         self.stop();
+        self.captures.finish(deadline);
         show(&self.report());
         result
     }
