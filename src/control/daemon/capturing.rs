@@ -84,9 +84,10 @@ impl Daemon {
         let prepared = Session::prepare(source, self.captures.names.clone(), options)
             .map_err(|error| Refusal::failed(format!("no thread for a capture: {error}")))?;
         let Some(stream) = self.server.hand_over(client) else { return Ok(()) };
+        // What the reader is told first, it is told when the worker has been told.
+        self.command(Command::Capture(Box::new(sink)));
         let session = prepared.start(CaptureStream::new(stream));
         self.captures.sessions.push((place, session));
-        self.command(Command::Capture(Box::new(sink)));
         info!("capturing: {}", wanted.port.as_deref().unwrap_or("everything"));
         Ok(())
     }
