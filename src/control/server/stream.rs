@@ -7,9 +7,12 @@ use base64::engine::general_purpose::STANDARD;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// Bytes of the file in one answer, at most.
 const PIECE: usize = 48 << 10;
+/// How long the last answer waits for room.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A client that asked for a capture. Non-blocking, if its socket is: a write that
 /// would have to wait takes nothing.
@@ -71,9 +74,14 @@ impl AsFd for CaptureStream {
     }
 }
 
-/// Says that this was all, to a client that still listens.
+/// Says that this was all, to a client that still listens. One that has taken all so
+/// far is waited for; who has not was waited for already.
 impl Drop for CaptureStream {
     fn drop(&mut self) {
+        if self.answers.is_empty() {
+            let _ = self.client.set_write_timeout(Some(PATIENCE));
+            let _ = self.client.set_nonblocking(false);
+        }
         self.answer(false);
         let _ = self.send();
     }
@@ -125,5 +133,28 @@ mod tests {
             })
             .collect();
         assert!(found == bytes);
+    }
+
+    #[test]
+    fn the_last_answer_waits_for_room() {
+        let (client, mut reader) = UnixStream::pair().unwrap();
+        client.set_nonblocking(true).unwrap();
+        let mut filler = client.try_clone().unwrap();
+        let mut filled = 0;
+        while let Ok(length) = filler.write(&[b'x'; 100]) {
+            filled += length;
+        }
+        drop(filler);
+        let (sender, dropped) = std::sync::mpsc::channel();
+        let stream = CaptureStream::new(client);
+        std::thread::spawn(move || {
+            drop(stream);
+            sender.send(())
+        });
+        let early = dropped.recv_timeout(Duration::from_millis(50));
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        assert!(early.is_err() && bytes.len() > filled, "the last answer is lost");
+        assert!(bytes.ends_with(b"{\"parameters\":{\"pcapng\":\"\"}}\0"));
     }
 }
