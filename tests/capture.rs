@@ -398,6 +398,32 @@ fn a_reader_that_goes_is_noticed_without_a_frame() {
 }
 
 #[test]
+fn a_limit_of_no_frames_is_reached_without_any() {
+    let bed = Bed::new();
+    let scratch = Scratch::new("none");
+    let session = bed.session(EVERYTHING, |options| options.limit = Some(0), scratch.create());
+    assert!(session.wait(Instant::now() + DEADLINE));
+    let summary = session.join();
+    assert!(matches!(summary.end, End::Limit), "{summary:?}");
+    assert_eq!(summary.written, 0);
+    assert!(fs::metadata(&scratch.0).unwrap().len() > 0, "a whole file, with no frames");
+}
+
+#[test]
+fn the_end_is_waited_for_no_longer_than_said() {
+    let bed = Bed::new();
+    let (mut reader, writer) = UnixStream::pair().unwrap();
+    let session = bed.session(EVERYTHING, |_| {}, writer.into());
+    assert!(!session.wait(Instant::now()));
+    session.stop();
+    assert!(session.wait(Instant::now() + DEADLINE));
+    // By then the reader has been told that this was all.
+    let mut file = Vec::new();
+    reader.read_to_end(&mut file).unwrap();
+    assert!(matches!(session.join().end, End::Asked));
+}
+
+#[test]
 fn a_stuck_reader_does_not_delay_the_end_for_ever() {
     let bed = Bed::new();
     let (reader, writer) = UnixStream::pair().unwrap();

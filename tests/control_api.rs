@@ -11,8 +11,11 @@
 
 mod lab;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use lab::frames::{Frame, TagBytes, tag};
 use lab::{Daemon, Lab, RawGuest, Wire, eventually};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -350,6 +353,62 @@ fn a_monitor_that_never_reads_misses_events_and_is_told_how_many() {
         assert!(kinds.len() < 20_000, "{text}: nothing was missed");
     }
     siege.end();
+}
+
+/// Kinds of the blocks of a pcapng file, which has to be whole.
+fn blocks(file: &[u8]) -> Vec<u32> {
+    let word = |bytes: &[u8]| u32::from_be_bytes(bytes[..4].try_into().unwrap());
+    let mut kinds = Vec::new();
+    let mut rest = file;
+    while !rest.is_empty() {
+        kinds.push(word(rest));
+        rest = &rest[word(&rest[4..]) as usize..];
+    }
+    kinds
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_capture_under_way_ends_whole_when_the_daemon_does() {
+    const FRAMES: u64 = 600;
+    const STATISTICS: u32 = 5;
+    const FRAME: u32 = 6;
+    let lab = Lab::new();
+    let folder = Folder::new("ending");
+    let socket = folder.path("socket");
+    let daemon = lab.daemon(&["--map", "101=tap-a1", "--control", &socket]);
+    let wire = lab.wire();
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.set_read_timeout(Some(lab::PATIENCE)).unwrap();
+    stream.write_all(&message("Capture", json!({ "port": "uplink" }), true)).unwrap();
+    let first = answer(&mut BufReader::with_capacity(1, &mut stream));
+    for number in 0..FRAMES {
+        wire.send(&Frame::numbered(number).untagged_length(1000).tags(&[C101]));
+    }
+    daemon.until("all have come", |summary| summary.from_wire.in_frames >= FRAMES);
+    // More than the socket holds is still to be read, and is, but not at once.
+    daemon.signal(Signal::SIGTERM);
+    let (mut text, mut piece) = (Vec::new(), [0; 16 << 10]);
+    loop {
+        let length = stream.read(&mut piece).unwrap();
+        if length == 0 {
+            break;
+        }
+        text.extend(&piece[..length]);
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    daemon.stop();
+    assert_eq!(text.pop(), Some(0), "cut in the middle of an answer");
+    let rest = text.split(|byte| *byte == 0).map(|one| serde_json::from_slice(one).unwrap());
+    let answers: Vec<Value> = std::iter::once(first).chain(rest).collect();
+    assert!(answers.last().unwrap()["continues"].is_null(), "no last answer");
+    let piece =
+        |answer: &Value| STANDARD.decode(answer["parameters"]["pcapng"].as_str().unwrap()).unwrap();
+    let kinds = blocks(&answers.iter().flat_map(piece).collect::<Vec<u8>>());
+    assert_eq!(kinds.last(), Some(&STATISTICS));
+    // The worker may take a moment to begin.
+    let frames = kinds.iter().filter(|kind| **kind == FRAME).count() as u64;
+    assert!(frames > FRAMES / 2, "{frames} frames");
 }
 
 /// The crowd, gone when dropped.
