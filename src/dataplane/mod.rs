@@ -8,6 +8,7 @@ mod burst;
 mod capture;
 mod chains;
 mod counters;
+mod handle;
 mod pace;
 mod policing;
 mod worker;
@@ -17,5 +18,6 @@ pub use capture::{
     Chunk, Direction, Place, Record, SINKS_MAX, SNAPLEN_MAX, Selection, Sink, Source, capture,
 };
 pub use counters::{FlowCounters, FlowSnapshot, PortShared, UplinkShared, WorkerShared};
+pub use handle::{Command, Departed, Notice, WorkerHandle};
 pub use pace::{Pace, PollMode};
-pub use worker::{CALLS, Command, Departed, Notice, Slot, Worker, WorkerError, WorkerHandle};
+pub use worker::{CALLS, Slot, Worker, WorkerError};

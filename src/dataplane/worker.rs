@@ -15,6 +15,7 @@ use super::burst::{Abilities, Handling, Lane, SegmentSpace, Toward, rewrite};
 use super::capture::{Captures, Sink, Watch};
 use super::chains::Chains;
 use super::counters::{PortShared, UplinkShared, WorkerShared};
+use super::handle::{Command, Departed, Notice, WorkerHandle};
 use super::pace::{Pace, PollMode, Step};
 use super::policing::PortPolicer;
 use crate::frame::{TAG_LEN, TagStack};
@@ -30,7 +31,6 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -53,50 +53,6 @@ pub const CALLS: &[Call] = &[
     // The waker.
     Call::any(libc::SYS_read),
 ];
-
-/// What control tells a worker.
-#[derive(Debug)]
-pub enum Command {
-    /// Use this device for the port (`None`: for the uplink).
-    Attach(Option<PortIndex>, Box<Device>),
-    /// Use all these devices, from one moment on: no frame meets some without others.
-    AttachAll(Vec<(Option<PortIndex>, Box<Device>)>),
-    /// Forward what the device has received and give it back; answered by
-    /// [`Notice::Departed`], also if there was none.
-    Detach(Option<PortIndex>),
-    /// A new port, without a device, in place of whatever port was there.
-    Add(PortIndex, Arc<PortShared>),
-    /// Decide by this table from now on; answered by [`Notice::Switched`] with the number.
-    Switch(u64, Arc<Table>),
-    /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
-    Capture(Box<Sink>),
-    /// Give all devices back as they are, at once, and end: another process goes on.
-    Freeze,
-    /// Show that the loop goes round, by [`WorkerShared::beats`].
-    Beat,
-    /// Forward what has arrived, give all devices back and end.
-    Stop,
-}
-
-/// What a worker tells control.
-#[derive(Debug)]
-pub enum Notice {
-    /// A device is no longer in the loop.
-    Departed(Departed),
-    /// The table of this number is in force.
-    Switched(u64),
-}
-
-/// A device a worker has given back, or could not take.
-#[derive(Debug)]
-pub struct Departed {
-    /// The port, or `None` for the uplink.
-    pub port: Option<PortIndex>,
-    /// The device, to be closed outside the loop; `None` if there was none.
-    pub device: Option<Box<Device>>,
-    /// Why it could not be taken.
-    pub error: Option<io::Error>,
-}
 
 /// The worker could not be set up.
 #[derive(Debug, Error)]
@@ -142,48 +98,6 @@ pub struct Worker {
     space: SendSpace,
     segments: SegmentSpace,
     captures: Captures,
-}
-
-/// Control's end of a worker.
-#[derive(Debug)]
-pub struct WorkerHandle {
-    commands: Sender<Command>,
-    waker: Arc<Waker>,
-    /// What the worker tells.
-    pub notices: Receiver<Notice>,
-    /// What it tells of itself.
-    pub shared: Arc<WorkerShared>,
-    thread: JoinHandle<()>,
-}
-
-impl WorkerHandle {
-    /// Sends a command; it takes effect within one round.
-    pub fn send(&self, command: Command) {
-        // Either fails only when the worker is gone, and then the process is too: a
-        // panic aborts.
-        let _ = self.commands.send(command);
-        let _ = self.waker.wake();
-    }
-
-    /// Stops the worker and waits for it; returns the devices it still had.
-    pub fn finish(self) -> Vec<Departed> {
-        self.end_by(Command::Stop)
-    }
-
-    /// Stops the worker where it is; returns the devices it had.
-    pub fn freeze(self) -> Vec<Departed> {
-        self.end_by(Command::Freeze)
-    }
-
-    fn end_by(self, command: Command) -> Vec<Departed> {
-        self.send(command);
-        let _ = self.thread.join();
-        let departed = self.notices.try_iter().filter_map(|notice| match notice {
-            Notice::Departed(departed) => Some(departed),
-            Notice::Switched(_) => None,
-        });
-        departed.collect()
-    }
 }
 
 impl Worker {

@@ -10,6 +10,7 @@ mod capturing;
 mod change;
 mod devices;
 mod examine;
+mod follow;
 mod handing;
 mod heartbeat;
 mod ports;

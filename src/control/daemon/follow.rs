@@ -1,0 +1,181 @@
+//! Following the devices as they come, change and go, by what netlink tells.
+
+use super::Daemon;
+use super::devices::publish;
+use crate::control::api::EventKind;
+use crate::control::links::{LinkEvent, LinkState, QDISC_REMOVED};
+use crate::control::start_error::StartError;
+use crate::port::DeviceState;
+use tracing::warn;
+
+/// Tries to read netlink's news before waiting for the next.
+const READ_ATTEMPTS: usize = 3;
+
+impl Daemon {
+    /// Brings ports and uplink in line with what netlink tells.
+    pub(super) fn follow_links(&mut self) {
+        let mut events = Vec::new();
+        // After an error another call makes up for what was missed: the next tick's.
+        for _ in 0..READ_ATTEMPTS {
+            match self.monitor.read_events(|event| events.push(event)) {
+                Ok(()) => break,
+                Err(error) => warn!("{error}"),
+            }
+        }
+        if self.monitor.overruns() != self.overruns_seen {
+            self.overruns_seen = self.monitor.overruns();
+            self.leave_the_vanished();
+        }
+        for event in events {
+            if let Some(old) = event.departed() {
+                self.device_left(old.index, event.arrived().map(|new| new.name.as_str()));
+            }
+            if let Some(new) = event.arrived() {
+                self.device_came(new);
+            }
+            if let LinkEvent::Changed { new, .. } = &event {
+                self.device_changed(new);
+            }
+            if let LinkEvent::Unhooked { index, cause } = event {
+                self.device_unhooked(index, cause);
+            }
+        }
+        self.publish_all();
+    }
+
+    /// A device that came and went while notifications were lost is in no event.
+    fn leave_the_vanished(&mut self) {
+        let links = self.monitor.links();
+        let attached = self.ports.iter().filter_map(|(_, port)| port.index());
+        let gone: Vec<u32> = attached.filter(|index| links.by_index(*index).is_none()).collect();
+        for index in gone {
+            self.device_left(index, None);
+        }
+    }
+
+    /// The monitor's table is the truth: what was read from a device while it was
+    /// attached may have been a moment that no event speaks of.
+    fn publish_all(&self) {
+        let links = self.monitor.links();
+        for (_, port) in self.ports.iter() {
+            if let Some(link) = port.index().and_then(|index| links.by_index(index)) {
+                publish(&port.shared.link, Some(link));
+            }
+        }
+        if let Some(link) =
+            self.uplink.attached.as_ref().and_then(|(index, ..)| links.by_index(*index))
+        {
+            publish(&self.uplink.shared.link, Some(link));
+        }
+    }
+
+    /// A device no longer has its name: it is gone, or has a new one.
+    fn device_left(&mut self, index: u32, new_name: Option<&str>) {
+        if self.uplink.attached.as_ref().is_some_and(|(attached, ..)| *attached == index) {
+            warn!("uplink {} is gone: waiting for it to come back", self.name);
+            publish(&self.uplink.shared.link, None);
+            self.uplink.watched.see_state(DeviceState::Absent);
+            self.take_back(None);
+            if let Some((_, _, found)) = self.uplink.attached.take() {
+                self.host.give_uplink_back(&found.renamed(new_name));
+            }
+            let text = format!("uplink {}: gone, waiting for it to come back", self.name);
+            self.tell(EventKind::UplinkDetached, Some(&self.name.clone()), text);
+        } else if let Some((position, port)) = self.ports.by_index(index) {
+            let name = port.config.device.clone();
+            publish(&port.shared.link, None);
+            port.watched.see_state(DeviceState::Absent);
+            self.detach_port(position, new_name);
+            let text = format!("{name}: gone, waiting for it to come back");
+            self.tell(EventKind::PortDetached, Some(&name), text);
+        }
+    }
+
+    fn device_came(&mut self, link: &LinkState) {
+        if !link.is_ethernet {
+            if link.name == self.name || self.ports.by_device(&link.name).is_some() {
+                warn!(
+                    "{}: not an Ethernet device, left alone: make it a tap, not a tun",
+                    link.name
+                );
+            }
+            return;
+        }
+        if link.name == self.name && self.uplink.attached.is_none() {
+            match self.attach_uplink(link) {
+                Ok(()) => {
+                    let text = format!("uplink {}: back", self.name);
+                    self.tell(EventKind::UplinkAttached, Some(&link.name), text);
+                }
+                Err(error) => warn!("uplink {}: cannot attach: {error}", self.name),
+            }
+            return;
+        }
+        let waiting = self.ports.by_device(&link.name);
+        let waiting = waiting.filter(|(_, port)| port.attached.is_none());
+        if let Some(position) = waiting.map(|(position, _)| position) {
+            match self.adopt(position, link) {
+                Ok(()) => {
+                    let text = format!("{}: attached", link.name);
+                    self.tell(EventKind::PortAttached, Some(&link.name), text);
+                }
+                Err(StartError::Host(error)) if error.is_device_gone() => {}
+                Err(error) => warn!("{}: cannot attach: {error}", link.name),
+            }
+        }
+    }
+
+    fn device_changed(&mut self, link: &LinkState) {
+        let (name, place, watched) =
+            if self.uplink.attached.as_ref().is_some_and(|(index, ..)| *index == link.index) {
+                let uplink = &mut self.uplink;
+                (format!("uplink {}", link.name), &uplink.shared.link, &mut uplink.watched)
+            } else if let Some((_, port)) = self.ports.by_index(link.index) {
+                (link.name.clone(), &port.shared.link, &mut port.watched)
+            } else {
+                return;
+            };
+        // The latest there is, not what an event of several tells.
+        let latest = self.monitor.links().by_index(link.index).unwrap_or(link);
+        publish(place, Some(latest));
+        let state = place.state();
+        if state != watched.state {
+            watched.see_state(state);
+            if state != DeviceState::Up && self.uncleared.contains(&link.index) {
+                self.uncleared.retain(|index| *index != link.index);
+                self.host.clear_up(link.index);
+            }
+            let text = match state {
+                // No warning: a tap that is removed goes down first.
+                DeviceState::Down => {
+                    format!("{name}: down; `ip link set {} up` ends that", link.name)
+                }
+                state => format!("{name}: {}", state.name()),
+            };
+            self.tell(EventKind::Link, Some(&link.name), text);
+        }
+    }
+
+    /// Moves a device's seal to where it costs least.
+    pub(super) fn settle(&mut self, index: u32) {
+        let port = self.ports.by_index(index);
+        let sending = port.is_some_and(|(_, port)| port.shared.link.is_up());
+        if self.host.settle_seal(index, sending) {
+            self.uncleared.push(index);
+        }
+    }
+
+    /// Something was taken from a device's tc hooks: its seal, perhaps.
+    fn device_unhooked(&mut self, index: u32, cause: &str) {
+        let Some((_, port)) = self.ports.by_index(index) else { return };
+        let name = port.config.device.clone();
+        if cause == QDISC_REMOVED && self.uncleared.contains(&index) {
+            // libvirt begins to apply <bandwidth>: what settling has left is in its way.
+            self.uncleared.retain(|uncleared| *uncleared != index);
+            self.host.clear_up(index);
+        }
+        if let Some(text) = self.host.keep_sealed(&name, index, cause) {
+            self.tell(EventKind::Seal, Some(&name), text);
+        }
+    }
+}

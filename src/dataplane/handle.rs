@@ -1,0 +1,97 @@
+//! Control's end of a worker: what it may ask, what it is told, and the thread.
+
+use super::capture::Sink;
+use super::counters::{PortShared, WorkerShared};
+use crate::port::Device;
+use crate::switch::{PortIndex, Table};
+use crossbeam_channel::{Receiver, Sender};
+use mio::Waker;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// What control tells a worker.
+#[derive(Debug)]
+pub enum Command {
+    /// Use this device for the port (`None`: for the uplink).
+    Attach(Option<PortIndex>, Box<Device>),
+    /// Use all these devices, from one moment on: no frame meets some without others.
+    AttachAll(Vec<(Option<PortIndex>, Box<Device>)>),
+    /// Forward what the device has received and give it back; answered by
+    /// [`Notice::Departed`], also if there was none.
+    Detach(Option<PortIndex>),
+    /// A new port, without a device, in place of whatever port was there.
+    Add(PortIndex, Arc<PortShared>),
+    /// Decide by this table from now on; answered by [`Notice::Switched`] with the number.
+    Switch(u64, Arc<Table>),
+    /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
+    Capture(Box<Sink>),
+    /// Give all devices back as they are, at once, and end: another process goes on.
+    Freeze,
+    /// Show that the loop goes round, by [`WorkerShared::beats`].
+    Beat,
+    /// Forward what has arrived, give all devices back and end.
+    Stop,
+}
+
+/// What a worker tells control.
+#[derive(Debug)]
+pub enum Notice {
+    /// A device is no longer in the loop.
+    Departed(Departed),
+    /// The table of this number is in force.
+    Switched(u64),
+}
+
+/// A device a worker has given back, or could not take.
+#[derive(Debug)]
+pub struct Departed {
+    /// The port, or `None` for the uplink.
+    pub port: Option<PortIndex>,
+    /// The device, to be closed outside the loop; `None` if there was none.
+    pub device: Option<Box<Device>>,
+    /// Why it could not be taken.
+    pub error: Option<io::Error>,
+}
+
+/// Control's end of a worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    pub(super) commands: Sender<Command>,
+    pub(super) waker: Arc<Waker>,
+    /// What the worker tells.
+    pub notices: Receiver<Notice>,
+    /// What it tells of itself.
+    pub shared: Arc<WorkerShared>,
+    pub(super) thread: JoinHandle<()>,
+}
+
+impl WorkerHandle {
+    /// Sends a command; it takes effect within one round.
+    pub fn send(&self, command: Command) {
+        // Either fails only when the worker is gone, and then the process is too: a
+        // panic aborts.
+        let _ = self.commands.send(command);
+        let _ = self.waker.wake();
+    }
+
+    /// Stops the worker and waits for it; returns the devices it still had.
+    pub fn finish(self) -> Vec<Departed> {
+        self.end_by(Command::Stop)
+    }
+
+    /// Stops the worker where it is; returns the devices it had.
+    pub fn freeze(self) -> Vec<Departed> {
+        self.end_by(Command::Freeze)
+    }
+
+    fn end_by(self, command: Command) -> Vec<Departed> {
+        self.send(command);
+        let _ = self.thread.join();
+        let departed = self.notices.try_iter().filter_map(|notice| match notice {
+            Notice::Departed(departed) => Some(departed),
+            Notice::Switched(_) => None,
+        });
+        departed.collect()
+    }
+}
