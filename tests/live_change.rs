@@ -11,12 +11,13 @@
 
 mod lab;
 
+use lab::both_ways::{WINDOW, both_ways};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::{Daemon, Lab, PATIENCE, eventually};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{
@@ -111,82 +112,15 @@ fn open_files(daemon: &Daemon) -> usize {
     fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap().count()
 }
 
-/// As many frames each way as the machine gives, with at most this many on their way:
-/// no queue is the reason for a loss.
-const WINDOW: u64 = 500;
-
-/// Sends numbered frames both ways through t0 (VLAN 101) while `meanwhile` runs, and
-/// checks that each arrives once and in order. Returns frames and frames a second.
-fn while_frames_flow(lab: &Lab, daemon: &Daemon, meanwhile: impl FnOnce()) -> (u64, f64) {
-    let guest = lab.raw_guest("t0");
-    daemon.attached(&["t0"]);
-    let wire = lab.wire();
-    let (stop, down, up) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let begin = Instant::now();
-    let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
-        let mut number = 0;
-        // An even number of each, so that the last is known to both ends.
-        while !stop.load(Ordering::Relaxed) {
-            if number - arrived.load(Ordering::Relaxed) < WINDOW {
-                number += 1;
-                send(number);
-            } else {
-                std::thread::yield_now();
-            }
-        }
-        number
-    };
-    let receive =
-        |arrived: &AtomicU64, receive: &dyn Fn() -> Option<Vec<u8>>, tags: &[TagBytes]| {
-            while let Some(bytes) = receive() {
-                let frame = Frame::read(&bytes);
-                if frame.tags.first().is_some_and(|tag| tag.vid != 101) {
-                    continue;
-                }
-                let expected = arrived.load(Ordering::Relaxed) + 1;
-                assert_eq!((frame.number(), &frame.tags[..]), (expected, tags));
-                arrived.store(expected, Ordering::Relaxed);
-            }
-        };
-    let patience = Duration::from_millis(500);
-    std::thread::scope(|scope| {
-        let wire_sends = scope.spawn(|| {
-            send(&down, &|number| wire.send(&Frame::numbered(number).tags(&[vlan(101)])))
-        });
-        let guest_sends =
-            scope.spawn(|| send(&up, &|number| guest.send(&Frame::numbered(number).reversed())));
-        let receivers = [
-            scope.spawn(|| receive(&down, &|| guest.receive_within(patience), &[])),
-            scope.spawn(|| receive(&up, &|| wire.receive_within(patience), &[vlan(101)])),
-        ];
-        // Stopped also when `meanwhile` panics: a scope waits for its threads.
-        struct Stop<'s>(&'s AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let stopping = Stop(&stop);
-        meanwhile();
-        drop(stopping);
-        let sent = [wire_sends.join().unwrap(), guest_sends.join().unwrap()];
-        for receiver in receivers {
-            receiver.join().unwrap();
-        }
-        let arrived = [down.load(Ordering::Relaxed), up.load(Ordering::Relaxed)];
-        assert_eq!(arrived, sent, "arrived and sent, to the guest and from it");
-    });
-    let frames = down.into_inner() + up.into_inner();
-    (frames, frames as f64 / begin.elapsed().as_secs_f64())
-}
-
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn other_ports_lose_no_frame_while_ports_come_change_and_go() {
     let lab = Lab::new();
     let switch = Switch::start(&lab, &["101=t0"]);
     let mut changes = 0;
-    let (frames, rate) = while_frames_flow(&lab, &switch.daemon, || {
+    let guest = lab.raw_guest("t0");
+    switch.daemon.attached(&["t0"]);
+    let (frames, rate) = both_ways(&lab, &guest, vlan(101), |_| {
         for round in 0..25u16 {
             let vid = 200 + round;
             switch.add(&format!("{vid}=t1"));
@@ -201,8 +135,8 @@ fn other_ports_lose_no_frame_while_ports_come_change_and_go() {
             changes += 5;
         }
     });
-    assert!(frames > 1000, "{frames} frames are no traffic");
-    println!("{frames} frames, {rate:.0} a second, during {changes} changes");
+    assert!(frames.iter().all(|count| *count > 1000), "{frames:?} frames are no traffic");
+    println!("{frames:?} frames, {rate:.0} a second, during {changes} changes");
     let summary = switch.daemon.stop();
     let port = summary.port("t0");
     assert_eq!((port.from_guest.all_drops(), port.to_guest.all_drops()), (0, 0), "{summary:?}");

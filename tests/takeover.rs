@@ -11,19 +11,16 @@
 
 mod lab;
 
+use lab::both_ways::both_ways;
 use lab::frames::{Frame, TagBytes, tag};
 use lab::{Daemon, Lab, eventually};
 use nix::sys::signal::Signal;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{PortsReply, Request, StatsReply};
 use vlanswitchd::control::client::Client;
 
 const VLAN: TagBytes = tag(0x8100, 101);
-/// Frames on their way at most: the rings hold them while nobody forwards.
-const WINDOW: u64 = 500;
 
 struct Place {
     folder: TempDir,
@@ -77,70 +74,23 @@ fn every_frame_arrives_once_through_many_restarts() {
     let mut daemon = place.start(&lab, &maps);
     let guest = lab.raw_guest("t0");
     daemon.attached(&["t0"]);
-    let wire = lab.wire();
-    let (stop, down, up) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let begin = Instant::now();
-    let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
-        let mut number = 0;
-        while !stop.load(Ordering::Relaxed) {
-            if number - arrived.load(Ordering::Relaxed) < WINDOW {
-                number += 1;
-                send(number);
-            } else {
-                std::thread::yield_now();
-            }
-        }
-        number
-    };
-    let receive = |arrived: &AtomicU64, receive: &dyn Fn() -> Option<Vec<u8>>| {
-        while let Some(bytes) = receive() {
-            let expected = arrived.load(Ordering::Relaxed) + 1;
-            assert_eq!(Frame::read(&bytes).number(), expected);
-            arrived.store(expected, Ordering::Relaxed);
-        }
-    };
-    let patience = Duration::from_secs(2);
     let mut gaps = Vec::new();
-    let (sent, last) = std::thread::scope(|scope| {
-        let senders = [
-            scope.spawn(|| send(&down, &|n| wire.send(&Frame::numbered(n).tags(&[VLAN])))),
-            scope.spawn(|| send(&up, &|n| guest.send(&Frame::numbered(n).reversed()))),
-        ];
-        let receivers = [
-            scope.spawn(|| receive(&down, &|| guest.receive_within(patience))),
-            scope.spawn(|| receive(&up, &|| wire.receive_within(patience))),
-        ];
-        struct Stop<'s>(&'s AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let stopping = Stop(&stop);
+    let (sent, rate) = both_ways(&lab, &guest, VLAN, |arrived| {
         for _ in 0..RESTARTS {
             let next = place.start(&lab, &[&maps[..], &["--takeover"]].concat());
             ended(std::mem::replace(&mut daemon, next));
             gaps.push(gap(&daemon));
-            let before = [down.load(Ordering::Relaxed), up.load(Ordering::Relaxed)];
+            let before = arrived.now();
             eventually("frames flow on both ways", || {
-                (down.load(Ordering::Relaxed) > before[0] && up.load(Ordering::Relaxed) > before[1])
-                    .then_some(())
+                let now = arrived.now();
+                (now[0] > before[0] && now[1] > before[1]).then_some(())
             });
         }
-        drop(stopping);
-        let sent = senders.map(|sender| sender.join().unwrap());
-        for receiver in receivers {
-            receiver.join().unwrap();
-        }
-        (sent, daemon)
     });
-    let arrived = [down.into_inner(), up.into_inner()];
-    assert_eq!(arrived, sent, "arrived and sent, to the guest and from it");
     gaps.sort_unstable();
-    let rate = (arrived[0] + arrived[1]) as f64 / begin.elapsed().as_secs_f64();
     println!("{RESTARTS} restarts at {rate:.0} frames a second: gaps in us {gaps:?}");
     // The counters went on too, and what the last one gives back is what the first found.
-    let summary = last.stop();
+    let summary = daemon.stop();
     let port = summary.port("t0");
     assert_eq!((port.from_guest.in_frames, port.to_guest.in_frames), (sent[1], sent[0]));
     assert_eq!((port.from_guest.all_drops(), port.to_guest.all_drops()), (0, 0));

@@ -32,6 +32,7 @@
     reason = "tests fail by panicking"
 )]
 
+pub mod both_ways;
 pub mod daemon;
 pub mod frames;
 pub mod guest;

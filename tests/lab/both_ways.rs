@@ -1,0 +1,94 @@
+//! Numbered frames both ways through one port, each checked to arrive once and in
+//! order, while something happens to the switch.
+
+use super::frames::{Frame, TagBytes};
+use super::{Lab, RawGuest};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Frames on their way at most, each way: no queue is the reason for a loss, and rings
+/// hold them while nobody forwards.
+pub const WINDOW: u64 = 500;
+/// After which silence nothing more is expected.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How many frames have arrived so far.
+#[derive(Default)]
+pub struct Arrived {
+    down: AtomicU64,
+    up: AtomicU64,
+}
+
+impl Arrived {
+    /// At the guest, and at the wire.
+    pub fn now(&self) -> [u64; 2] {
+        [self.down.load(Ordering::Relaxed), self.up.load(Ordering::Relaxed)]
+    }
+}
+
+/// Sends as fast as frames arrive while `meanwhile` runs; the guest's frames bear `tag`
+/// on the wire. Returns how many frames went each way, and how many a second in all.
+pub fn both_ways(
+    lab: &Lab,
+    guest: &RawGuest,
+    tag: TagBytes,
+    meanwhile: impl FnOnce(&Arrived),
+) -> ([u64; 2], f64) {
+    let wire = lab.wire();
+    let (stop, arrived) = (AtomicBool::new(false), Arrived::default());
+    let begin = Instant::now();
+    let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
+        let mut number = 0;
+        while !stop.load(Ordering::Relaxed) {
+            if number - arrived.load(Ordering::Relaxed) < WINDOW {
+                number += 1;
+                send(number);
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        number
+    };
+    let receive =
+        |arrived: &AtomicU64, receive: &dyn Fn() -> Option<Vec<u8>>, tags: &[TagBytes]| {
+            while let Some(bytes) = receive() {
+                let frame = Frame::read(&bytes);
+                // Other ports' frames on the wire.
+                if frame.tags.first().is_some_and(|other| other.vid != tag.vid) {
+                    continue;
+                }
+                let expected = arrived.load(Ordering::Relaxed) + 1;
+                assert_eq!((frame.number(), &frame.tags[..]), (expected, tags));
+                arrived.store(expected, Ordering::Relaxed);
+            }
+        };
+    let (wire, arrived) = (&wire, &arrived);
+    let sent = std::thread::scope(|scope| {
+        let senders = [
+            scope.spawn(|| send(&arrived.down, &|n| wire.send(&Frame::numbered(n).tags(&[tag])))),
+            scope.spawn(|| send(&arrived.up, &|n| guest.send(&Frame::numbered(n).reversed()))),
+        ];
+        let receivers = [
+            scope.spawn(|| receive(&arrived.down, &|| guest.receive_within(PATIENCE), &[])),
+            scope.spawn(|| receive(&arrived.up, &|| wire.receive_within(PATIENCE), &[tag])),
+        ];
+        // Stopped also when `meanwhile` panics: a scope waits for its threads.
+        struct Stop<'s>(&'s AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let stopping = Stop(&stop);
+        meanwhile(arrived);
+        drop(stopping);
+        let sent = senders.map(|sender| sender.join().unwrap());
+        for receiver in receivers {
+            receiver.join().unwrap();
+        }
+        sent
+    });
+    assert_eq!(arrived.now(), sent, "arrived and sent, to the guest and from it");
+    let seconds = (begin.elapsed() - PATIENCE).as_secs_f64();
+    (sent, (sent[0] + sent[1]) as f64 / seconds)
+}
