@@ -43,6 +43,30 @@ fn out_of_range(index: u32, entries: u32) -> BpfError {
     BpfError::System { action: format!("use entry {index} of a BPF map of {entries}"), source }
 }
 
+/// Reads the value at `index` of an array of `entries` values of `N` bytes.
+fn look_up<const N: usize>(
+    map: &OwnedFd,
+    entries: u32,
+    index: u32,
+    value: &mut [u8; N],
+) -> Result<(), BpfError> {
+    const { assert!(N == 4 || N == 8) };
+    if index >= entries {
+        return Err(out_of_range(index, entries));
+    }
+    let mut attributes = MapElement {
+        map_fd: map.as_raw_fd() as u32,
+        key: &raw const index as u64,
+        value: value.as_mut_ptr() as u64,
+        ..MapElement::default()
+    };
+    // SAFETY: the callers' maps were made with keys of 4 bytes and values of N bytes, and both
+    // places live on.
+    unsafe { bpf(&MAP_LOOKUP_ELEM, &mut attributes) }
+        .map(drop)
+        .map_err(|error| BpfError::from_io(format!("read entry {index} of a BPF map"), error))
+}
+
 /// An array of u32, one for all CPUs.
 #[derive(Debug)]
 pub struct ArrayMap {
@@ -84,21 +108,9 @@ impl ArrayMap {
     /// # Errors
     /// `index` is out of range.
     pub fn lookup(&self, index: u32) -> Result<u32, BpfError> {
-        if index >= self.entries {
-            return Err(out_of_range(index, self.entries));
-        }
-        let mut value = 0_u32;
-        let mut attributes = MapElement {
-            map_fd: self.fd.as_raw_fd() as u32,
-            key: &raw const index as u64,
-            value: &raw mut value as u64,
-            ..MapElement::default()
-        };
-        // SAFETY: the map was made with keys and values of 4 bytes, and both locals live on.
-        unsafe { bpf(&MAP_LOOKUP_ELEM, &mut attributes) }.map_err(|error| {
-            BpfError::from_io(format!("read entry {index} of a BPF map"), error)
-        })?;
-        Ok(value)
+        let mut value = [0; 4];
+        look_up(&self.fd, self.entries, index, &mut value)?;
+        Ok(u32::from_ne_bytes(value))
     }
 }
 
@@ -130,21 +142,9 @@ impl WideArrayMap {
     /// # Errors
     /// `index` is out of range.
     pub fn lookup(&self, index: u32) -> Result<u64, BpfError> {
-        if index >= self.entries {
-            return Err(out_of_range(index, self.entries));
-        }
-        let mut value = 0_u64;
-        let mut attributes = MapElement {
-            map_fd: self.fd.as_raw_fd() as u32,
-            key: &raw const index as u64,
-            value: &raw mut value as u64,
-            ..MapElement::default()
-        };
-        // SAFETY: the map was made with keys of 4 and values of 8 bytes, and both locals live on.
-        unsafe { bpf(&MAP_LOOKUP_ELEM, &mut attributes) }.map_err(|error| {
-            BpfError::from_io(format!("read entry {index} of a BPF map"), error)
-        })?;
-        Ok(value)
+        let mut value = [0; 8];
+        look_up(&self.fd, self.entries, index, &mut value)?;
+        Ok(u64::from_ne_bytes(value))
     }
 }
 
