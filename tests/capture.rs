@@ -109,7 +109,7 @@ impl Bed {
         let before = self.counts();
         for (port, mut device) in [(Some(TUNNEL), tunnel), (Some(ACCESS), access), (None, uplink)] {
             device.replay(1);
-            self.send(Command::Attach(port, Box::new(Device::Memory(device))));
+            self.send(Command::Attach(vec![(port, Box::new(Device::Memory(device)))]));
         }
         wait("all frames", || {
             let counts = self.counts();
@@ -366,7 +366,7 @@ fn a_reader_that_does_not_read_misses_frames_and_is_told_how_many() {
         (0..64).map(|_| (bytes(&[], 0x88b5, 1000), Some((Tpid::Customer, 999)))).collect();
     let mut uplink = plain(&frames);
     uplink.replay((FRAMES / 64) as usize);
-    bed.send(Command::Attach(None, Box::new(Device::Memory(uplink))));
+    bed.send(Command::Attach(vec![(None, Box::new(Device::Memory(uplink)))]));
     wait("all frames", || bed.counts()[2] == FRAMES);
     // Forwarding never waited; only now somebody reads, and then asks for the end.
     reader.shutdown(Shutdown::Write).unwrap();
@@ -431,7 +431,7 @@ fn a_stuck_reader_does_not_delay_the_end_for_ever() {
     let frames: Vec<_> = (0..64).map(|_| (bytes(&[], 0x88b5, 1400), None)).collect();
     let mut tunnel = plain(&frames);
     tunnel.replay(100);
-    bed.send(Command::Attach(Some(TUNNEL), Box::new(Device::Memory(tunnel))));
+    bed.send(Command::Attach(vec![(Some(TUNNEL), Box::new(Device::Memory(tunnel)))]));
     wait("all frames", || bed.counts()[0] == 6400);
     session.stop();
     wait("end", || session.is_finished());

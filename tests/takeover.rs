@@ -57,9 +57,9 @@ fn ended(mut daemon: Daemon) -> Vec<String> {
 
 /// Microseconds frames had to wait, as the daemon says.
 fn gap(daemon: &Daemon) -> u64 {
-    let lines = daemon.stderr();
-    let line = lines.iter().find(|line| line.contains("frames waited for"));
-    let line = line.unwrap_or_else(|| panic!("not taken over: {lines:?}"));
+    let line = eventually("it says that it has taken over", || {
+        daemon.stderr().into_iter().find(|line| line.contains("frames waited for"))
+    });
     let words = line.split("frames waited for ").nth(1).unwrap();
     words.split(' ').next().unwrap().parse().unwrap()
 }
@@ -142,7 +142,10 @@ fn without_anybody_there_it_is_a_start_like_any_other() {
     let lab = Lab::new();
     let place = Place::new();
     let daemon = place.start(&lab, &["--takeover", "--map", "101=t0"]);
-    assert!(daemon.stderr().iter().any(|line| line.contains("no vlanswitchd runs at")));
+    eventually("it is told", || {
+        let lines = daemon.stderr();
+        lines.iter().any(|line| line.contains("no vlanswitchd runs at")).then_some(())
+    });
     daemon.stop();
 }
 
@@ -209,7 +212,10 @@ fn another_format_ends_in_a_start_without_the_rings() {
         std::os::unix::process::ExitStatusExt::signal(&ending.join().unwrap()),
         Some(Signal::SIGTERM as i32)
     );
-    assert!(daemon.stderr().iter().any(|line| line.contains("cannot hand over")));
+    eventually("it is told", || {
+        let lines = daemon.stderr();
+        lines.iter().any(|line| line.contains("cannot hand over")).then_some(())
+    });
     daemon.stop();
 }
 
@@ -222,3 +228,30 @@ call = json.loads(c.recv(4096).rstrip(b"\0"))
 c.sendall(json.dumps({"error": "org.varlink.service.MethodNotFound", "parameters": {"method": call["method"]}}).encode() + b"\0")
 c.recv(1); import time; time.sleep(60)
 "#;
+
+/// By then the other process has ended: its ports are better than none.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_configuration_that_cannot_be_put_in_force_leaves_the_ports_there_were() {
+    let lab = Lab::new();
+    let place = Place::new();
+    let old = place.start(&lab, &["--map", "101=t0"]);
+    let guest = lab.raw_guest("t0");
+    old.attached(&["t0"]);
+    let open = || tun_tap::Iface::without_packet_info("taken", tun_tap::Mode::Tap);
+    let _owner = lab.host.enter(open).unwrap();
+    let new = place.start(
+        &lab,
+        &["--takeover", "--map", "102=t0", "--map", "103=t1", "--map", "104=internal:taken"],
+    );
+    ended(old);
+    let told = |line: &String| line.contains("still those of the vlanswitchd before: taken: ");
+    eventually("it is told", || new.stderr().iter().any(told).then_some(()));
+    let reply = place.client().call(&Request::ListPorts {}).unwrap();
+    let ports = reply.read::<PortsReply>().unwrap().ports;
+    assert_eq!(ports.into_iter().map(|port| port.map).collect::<Vec<_>>(), ["101=t0"]);
+    assert!(lab.host.link("t1").is_none(), "t1 is left");
+    lab.wire().send(&Frame::numbered(1).tags(&[VLAN]));
+    assert_eq!(guest.receive_until(1).len(), 1);
+    new.stop();
+}

@@ -86,9 +86,6 @@ pub enum StartError {
     /// Nobody hands over.
     #[error(transparent)]
     TakeOver(#[from] TakeOverError),
-    /// What was taken over cannot become what is configured.
-    #[error("taken over, but not changed to this configuration: {0}")]
-    Change(String),
     /// The process cannot be confined.
     #[error(transparent)]
     Confine(#[from] ConfineError),

@@ -13,10 +13,9 @@ use std::thread::JoinHandle;
 /// What control tells a worker.
 #[derive(Debug)]
 pub enum Command {
-    /// Use this device for the port (`None`: for the uplink).
-    Attach(Option<PortIndex>, Box<Device>),
-    /// Use all these devices, from one moment on: no frame meets some without others.
-    AttachAll(Vec<(Option<PortIndex>, Box<Device>)>),
+    /// Use these devices for their ports (`None`: the uplink), from one moment on: no
+    /// frame meets some without the others.
+    Attach(Vec<(Option<PortIndex>, Box<Device>)>),
     /// Forward what the device has received and give it back; answered by
     /// [`Notice::Departed`], also if there was none.
     Detach(Option<PortIndex>),

@@ -340,8 +340,7 @@ impl Worker {
     fn obey(&mut self) -> ControlFlow<()> {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Attach(port, device) => self.attach(port, device),
-                Command::AttachAll(devices) => {
+                Command::Attach(devices) => {
                     for (port, device) in devices {
                         self.attach(port, device);
                     }

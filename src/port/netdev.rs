@@ -60,17 +60,8 @@ impl NetdevPort {
     ///
     /// # Errors
     /// [`PacketError`] naming the step that failed.
-    pub fn adopt(
-        index: u32,
-        socket: OwnedFd,
-        slots: usize,
-        options: NetdevOptions<'_>,
-    ) -> Result<Self, PacketError> {
-        let filter = match options {
-            NetdevOptions::Uplink(filter) => Some(filter),
-            NetdevOptions::Port => None,
-        };
-        let receiver = Receiver::adopt(socket, slots, filter)?;
+    pub fn adopt(index: u32, socket: OwnedFd, slots: usize) -> Result<Self, PacketError> {
+        let receiver = Receiver::adopt(socket, slots)?;
         Ok(Self { receiver, transmitter: Transmitter::open(index)? })
     }
 }

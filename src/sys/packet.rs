@@ -207,21 +207,11 @@ impl Receiver {
     ///
     /// # Errors
     /// [`PacketError`] if the descriptor has no such ring.
-    pub fn adopt(
-        socket: OwnedFd,
-        slots: usize,
-        filter: Option<&UplinkFilter>,
-    ) -> Result<Self, PacketError> {
+    pub fn adopt(socket: OwnedFd, slots: usize) -> Result<Self, PacketError> {
         if slots == 0 || !slots.is_multiple_of(BURST) {
             return Err(at("take over a receive ring")(Errno::EINVAL));
         }
         let ring = Ring::map(socket.as_fd(), slots)?;
-        if let Some(filter) = filter {
-            filter.attach(socket.as_fd()).map_err(|error| PacketError {
-                step: "attach the socket filter",
-                errno: error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw),
-            })?;
-        }
         Ok(Self { socket, ring, next: 0, taken: 0 })
     }
 

@@ -213,9 +213,8 @@ impl Daemon {
 
     /// Gives opened devices to the worker, which must know their ports.
     pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) {
-        for (port, device) in self.enter_ports(opened) {
-            self.command(Command::Attach(port, device));
-        }
+        let devices = self.enter_ports(opened);
+        self.command(Command::Attach(devices));
     }
 
     /// Enters opened devices in our books, from which moment frames for them are not
@@ -307,7 +306,7 @@ impl Daemon {
             warn!("uplink {0} is down: `ip link set {0} up`", self.name);
         }
         self.uplink.attached = Some((link.index, counter, found));
-        self.command(Command::Attach(None, Box::new(device)));
+        self.command(Command::Attach(vec![(None, Box::new(device))]));
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::control::start_error::StartError;
 use crate::control::takeover::{self, DeviceState, FORMAT, Last, PortState, State, TakeOver};
 use crate::dataplane::{Command, Departed, WorkerHandle};
 use crate::frame::Tpid;
-use crate::port::{Device, InternalPort, NetdevOptions, NetdevPort};
+use crate::port::{Device, InternalPort, NetdevPort};
 use crate::switch::PortIndex;
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -139,8 +139,7 @@ impl Daemon {
         if let Some((DeviceState { index, slots }, found)) = state.device.take() {
             let socket = descriptors.pop_front().ok_or_else(missing)?;
             let index = index.ok_or_else(missing)?;
-            let options = NetdevOptions::Uplink(&self.uplink.filter);
-            let device = adopt(&self.name, index, socket, slots, options)?;
+            let device = adopt(&self.name, index, socket, slots)?;
             let counter = device.kernel_counter()?;
             self.uplink.slots = slots;
             self.uplink.attached = Some((index, counter, found));
@@ -152,7 +151,7 @@ impl Daemon {
             let name = self.ports.get(position).map(|port| port.config.device.clone());
             let name = name.unwrap_or_default();
             let (device, queue) = match index {
-                Some(index) => (adopt(&name, index, socket, slots, NetdevOptions::Port)?, None),
+                Some(index) => (adopt(&name, index, socket, slots)?, None),
                 None => {
                     let queue = socket.try_clone()?;
                     (Device::Internal(InternalPort::new(socket)), Some(queue))
@@ -182,6 +181,11 @@ impl Daemon {
         let Adopted { uplink, ports: mut opened } =
             self.adopt_devices(&mut take.state, descriptors)?;
         let Last { stopped, next, from_wire, ports, removed } = take.finish()?;
+        // Not sooner: the other process changes what its own filter claims, and goes on if
+        // this one fails. Both claim the same now.
+        if let Some((_, Some(counter), _)) = &self.uplink.attached {
+            self.uplink.filter.attach(counter.socket())?;
+        }
         self.uplink.shared.from_wire.restore(&(&from_wire).into());
         self.retired = removed;
         let mut positions = HashMap::new();
@@ -201,7 +205,7 @@ impl Daemon {
             self.uplink_is_there();
             devices.push((None, Box::new(uplink)));
         }
-        self.command(Command::AttachAll(devices));
+        self.command(Command::Attach(devices));
         let gap = Duration::from_nanos(takeover::clock().saturating_sub(stopped));
         info!("uplink {}: taken over; frames waited for {} us", self.name, gap.as_micros());
         Ok(())
@@ -255,14 +259,8 @@ impl Inheritance {
     }
 }
 
-fn adopt(
-    name: &str,
-    index: u32,
-    socket: OwnedFd,
-    slots: usize,
-    options: NetdevOptions<'_>,
-) -> Result<Device, StartError> {
-    NetdevPort::adopt(index, socket, slots, options)
+fn adopt(name: &str, index: u32, socket: OwnedFd, slots: usize) -> Result<Device, StartError> {
+    NetdevPort::adopt(index, socket, slots)
         .map(Device::Netdev)
         .map_err(|source| StartError::Packet { name: name.to_owned(), source })
 }

@@ -17,8 +17,7 @@ mod ports;
 mod watch;
 
 use crate::control::api::{Event, EventKind, Removed};
-use crate::control::config::Metrics;
-use crate::control::config::{Config, LogFormat, SandboxMode};
+use crate::control::config::{Config, LogFormat, Metrics, SandboxMode};
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
 use crate::control::privileges::Confined;
@@ -191,7 +190,13 @@ impl Daemon {
             }
         }
         if let Some(wanted) = wanted {
-            daemon.become_config(wanted).map_err(|error| StartError::Change(error.to_string()))?;
+            // The other process has ended: better its ports than none.
+            if let Err(error) = daemon.become_config(wanted) {
+                warn!(
+                    "taken over, and the ports are still those of the vlanswitchd before: {error}; \
+                     `vlanswitchctl config reload` tries again"
+                );
+            }
         }
         daemon.confined = Some(daemon.confine()?);
         Ok(daemon)
@@ -316,10 +321,7 @@ impl Daemon {
     fn answer_signals(&mut self, show: &mut impl FnMut(&str)) -> ControlFlow<()> {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             match Signal::try_from(signal.ssi_signo.cast_signed()) {
-                Ok(Signal::SIGUSR1) => {
-                    self.count_overruns();
-                    show(&self.report());
-                }
+                Ok(Signal::SIGUSR1) => show(&self.report()),
                 Ok(Signal::SIGHUP) => self.reload_by_signal(),
                 _ => {
                     info!("stopping");
