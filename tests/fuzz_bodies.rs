@@ -1,7 +1,7 @@
 //! The fuzz targets of `fuzz/` on stable Rust: the same bodies, fed by proptest.
 //! Bytes that once broke one are to be kept here as a test of their own.
 
-#![allow(clippy::indexing_slicing, reason = "tests")]
+#![allow(clippy::indexing_slicing, clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 use proptest::prelude::*;
 
@@ -86,6 +86,32 @@ proptest! {
     }
 
     #[test]
+    fn capture_filter(codes in prop::collection::vec((0..47_usize, any::<[u8; 2]>(), 0..70_u32), 0..12), frame in bytes(80)) {
+        const CODES: [u8; 47] = [
+            0x20, 0x28, 0x30, 0x40, 0x48, 0x50, 0x80, 0x81, 0x00, 0x01, 0x60, 0x61, 0xb1, 0x02, 0x03, 0x84,
+            0x05, 0x15, 0x1d, 0x25, 0x2d, 0x35, 0x3d, 0x45, 0x4d, 0x04, 0x0c, 0x14, 0x1c, 0x24, 0x2c, 0x34,
+            0x3c, 0x54, 0x5c, 0x64, 0x6c, 0x74, 0x7c, 0x94, 0x9c, 0xa4, 0xac, 0x07, 0x87, 0x16, 0x06,
+        ];
+        let mut data = vec![codes.len() as u8 + 1];
+        for (code, [jump_true, jump_false], k) in codes {
+            data.extend([CODES[code], 0, jump_true % 4, jump_false % 4]);
+            data.extend(k.to_le_bytes());
+        }
+        data.extend([6, 0, 0, 0, 255, 255, 0, 0]);
+        data.extend(frame);
+        bodies::capture_filter(&data);
+    }
+
+    #[test]
+    fn control_call(noise in bytes(200), method in 0..8_usize, text in ".{0,30}") {
+        bodies::control_call(&noise);
+        let method = ["org.vlanswitchd.AddPort", "org.vlanswitchd.Capture", "org.vlanswitchd.HandOver",
+            "org.varlink.service.GetInfo", "GetInfo", "org.vlanswitchd.Monitor", "org.vlanswitchd.ReloadConfig", "."][method];
+        let call = format!(r#"{{"method":"{method}","parameters":{{"map":{text:?},"format":1}},"more":true}}"#);
+        bodies::control_call(call.as_bytes());
+    }
+
+    #[test]
     fn check_offload(noise in bytes(200), data in likely_super_frame()) {
         bodies::check_offload(&noise);
         bodies::check_offload(&data);
@@ -100,5 +126,31 @@ proptest! {
     #[test]
     fn segment_recipe(data in bytes(120)) {
         bodies::segment_recipe(&data);
+    }
+}
+
+/// What fuzzing has found worth keeping, on whatever compiler the tests run.
+#[test]
+fn the_kept_corpus() {
+    type Body = fn(&[u8]);
+    let bodies: [(&str, Body); 7] = [
+        ("capture_filter", bodies::capture_filter),
+        ("check_offload", bodies::check_offload),
+        ("configuration", bodies::configuration),
+        ("control_call", bodies::control_call),
+        ("segment", bodies::segment),
+        ("segment_recipe", bodies::segment_recipe),
+        ("tag_stack", bodies::tag_stack),
+    ];
+    let targets = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/fuzz_targets"));
+    assert_eq!(targets.expect("the targets").count(), bodies.len());
+    for (name, body) in bodies {
+        let folder = format!("{}/fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
+        let mut inputs = 0;
+        for entry in std::fs::read_dir(&folder).expect("a corpus for each target") {
+            body(&std::fs::read(entry.expect("readable").path()).expect("readable"));
+            inputs += 1;
+        }
+        assert!(inputs > 0, "{folder} is empty");
     }
 }

@@ -16,8 +16,11 @@ pub mod frames;
 use frames::{Inside, Network, Recipe, Transport, Version};
 use std::path::Path;
 use std::sync::Arc;
+use vlanswitchd::control::capture::filter::{Instruction, Program};
 use vlanswitchd::control::config::file;
 use vlanswitchd::control::mapping;
+use vlanswitchd::control::server::http::read_request;
+use vlanswitchd::control::server::varlink::{Call, read_call};
 use vlanswitchd::frame::headers::transport;
 use vlanswitchd::frame::segment::{SegmentError, Segmenter};
 use vlanswitchd::frame::tag::STACK_DEPTH;
@@ -69,6 +72,49 @@ pub fn configuration(data: &[u8]) {
             }
             Err(error) => assert!(!error.to_string().contains(char::is_control), "{error}"),
         }
+    }
+}
+
+/// A capture's filter of any bytes is refused, or ends on any frame and lets through
+/// no more than the frame has.
+pub fn capture_filter(data: &[u8]) {
+    let Some((count, rest)) = data.split_first() else { return };
+    let (program, frame) = rest.split_at(rest.len().min(8 * usize::from(*count)));
+    let instructions: Vec<_> = program
+        .chunks_exact(8)
+        .map(|bytes| Instruction {
+            code: u16::from_le_bytes([bytes[0], bytes[1]]),
+            jump_true: bytes[2],
+            jump_false: bytes[3],
+            k: u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+        })
+        .collect();
+    let text: String = std::iter::once(instructions.len().to_string())
+        .chain(
+            instructions
+                .iter()
+                .map(|at| format!("{} {} {} {}", at.code, at.jump_true, at.jump_false, at.k)),
+        )
+        .collect::<Vec<_>>()
+        .join(",");
+    let program = Program::new(&instructions);
+    // The same program as a client sends it.
+    assert_eq!(text.parse::<Program>().is_ok(), program.is_ok(), "{text}");
+    let Ok(program) = program else { return };
+    for end in [0, frame.len() / 2, frame.len()] {
+        program.run(&frame[..end], end as u32);
+    }
+}
+
+/// What a client sends to the control socket or the metrics socket is understood or
+/// refused; who may only read changes nothing.
+pub fn control_call(data: &[u8]) {
+    if let Some(Call::Method { request, .. }) = read_call(data, false) {
+        assert!(!request.changes(), "{request:?}");
+    }
+    let _ = read_call(data, true);
+    if let Err(answer) = read_request(data) {
+        assert!(answer.starts_with(b"HTTP/1.1 4"));
     }
 }
 

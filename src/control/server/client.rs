@@ -281,22 +281,22 @@ impl Client {
     fn understand_call(&mut self, message: &[u8]) -> Next {
         let bytes = message.strip_suffix(&[0]).unwrap_or(message);
         match varlink::read_call(bytes, self.may_change) {
-            Ok(varlink::Call::Method { request, more, oneway }) => {
+            Some(varlink::Call::Method { request, more, oneway }) => {
                 self.oneway = oneway;
                 Next::Wish(Wish::Call { request, more })
             }
-            Ok(varlink::Call::Service { reply, oneway }) => {
+            Some(varlink::Call::Service { reply, oneway }) => {
                 self.oneway = oneway;
                 self.send_reply(&reply, false);
                 Next::Answered
             }
-            Ok(varlink::Call::Refused { refusal, oneway }) => {
+            Some(varlink::Call::Refused { refusal, oneway }) => {
                 self.oneway = oneway;
                 self.send_error(&refusal);
                 Next::Answered
             }
             // No varlink at all: nothing that could be answered.
-            Err(()) => Next::Gone,
+            None => Next::Gone,
         }
     }
 

@@ -27,10 +27,10 @@
 //! change anything only takes the places of its like.
 
 mod client;
-mod http;
+pub mod http;
 mod socket;
 mod stream;
-mod varlink;
+pub mod varlink;
 
 pub use socket::{SocketError, bind_control, bind_metrics_tcp, bind_metrics_unix};
 pub use stream::CaptureStream;

@@ -93,15 +93,13 @@ struct Envelope {
     oneway: Option<bool>,
 }
 
-/// Reads one call.
-///
-/// # Errors
-/// Nothing that could be answered: not JSON, or no method.
-pub fn read_call(message: &[u8], may_change: bool) -> Result<Call, ()> {
-    let envelope: Envelope = serde_json::from_slice(message).map_err(drop)?;
+/// Reads one call; `None` if it is nothing that could be answered: not JSON, or no
+/// method.
+pub fn read_call(message: &[u8], may_change: bool) -> Option<Call> {
+    let envelope: Envelope = serde_json::from_slice(message).ok()?;
     let more = envelope.more.unwrap_or(false);
     let oneway = envelope.oneway.unwrap_or(false);
-    let refuse = |refusal| Ok(Call::Refused { refusal, oneway });
+    let refuse = |refusal| Some(Call::Refused { refusal, oneway });
     let parameters = envelope.parameters.unwrap_or_default();
     let Some((interface, method)) = envelope.method.rsplit_once('.') else {
         return refuse(Refusal::of_service("InterfaceNotFound", "interface", &envelope.method));
@@ -110,7 +108,7 @@ pub fn read_call(message: &[u8], may_change: bool) -> Result<Call, ()> {
         INTERFACE => {}
         SERVICE => {
             return match service(method, &parameters) {
-                Ok(reply) => Ok(Call::Service { reply, oneway }),
+                Ok(reply) => Some(Call::Service { reply, oneway }),
                 Err(refusal) => refuse(refusal),
             };
         }
@@ -128,7 +126,7 @@ pub fn read_call(message: &[u8], may_change: bool) -> Result<Call, ()> {
         Ok(request) if oneway && more && request.streams() => {
             refuse(Refusal::of_service("InvalidParameter", "parameter", "oneway"))
         }
-        Ok(request) => Ok(Call::Method { request, more, oneway }),
+        Ok(request) => Some(Call::Method { request, more, oneway }),
         Err(error) => {
             let error = error.to_string();
             // "missing field `name`": the name is what varlink wants to be told.
