@@ -149,7 +149,10 @@ impl Toward {
     fn reason(self, errno: Errno) -> DropReason {
         match errno {
             Errno::ENOBUFS | Errno::EAGAIN => self.queue_full(),
-            Errno::ENETDOWN | Errno::ENXIO | Errno::ENODEV | Errno::EIO => self.absent(),
+            // The last: a tap whose netdev was deleted under its descriptor.
+            Errno::ENETDOWN | Errno::ENXIO | Errno::ENODEV | Errno::EIO | Errno::EBADFD => {
+                self.absent()
+            }
             Errno::EMSGSIZE => DropReason::TooLong,
             Errno::EINVAL => DropReason::BadOffload,
             _ => DropReason::SendFailed,
