@@ -337,7 +337,8 @@ impl Worker {
         commanded
     }
 
-    fn obey(&mut self) -> ControlFlow<()> {
+    /// Does what control has asked for since the last call; breaks when that was to end.
+    pub fn obey(&mut self) -> ControlFlow<()> {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Attach(devices) => {
