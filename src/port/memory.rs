@@ -1,5 +1,5 @@
 //! Frames in memory: what tests and instruction counts use where a kernel would
-//! only add noise, and the place for faults the kernel will not produce on demand.
+//! only add noise. Faults are the part of [`FaultyPort`](super::FaultyPort).
 
 use crate::frame::edit::HEADROOM;
 use crate::frame::{FrameBuffer, Tag, VnetHeader};

@@ -4,10 +4,12 @@
 //! A device takes bursts and gives bursts; it knows nothing of VLANs. What may not
 //! live here: decisions about frames (`switch`) and when to poll (`dataplane`).
 
+mod faulty;
 mod internal;
 mod memory;
 mod netdev;
 
+pub use faulty::{Answer, Arrival, FaultyPort, Script};
 pub use internal::{CALLS as INTERNAL_CALLS, InternalPort};
 pub use memory::MemoryPort;
 pub use netdev::{NetdevOptions, NetdevPort};
@@ -27,6 +29,8 @@ pub enum Device {
     Internal(InternalPort),
     /// Frames in memory, for tests and instruction counts.
     Memory(MemoryPort),
+    /// Frames and faults as a test wants them.
+    Faulty(FaultyPort),
 }
 
 impl Device {
@@ -37,6 +41,7 @@ impl Device {
             Self::Netdev(port) => port.receiver.is_ready(),
             Self::Internal(_) => true,
             Self::Memory(port) => port.is_ready(),
+            Self::Faulty(port) => port.is_ready(),
         }
     }
 
@@ -45,7 +50,7 @@ impl Device {
     pub fn has_burst(&self) -> bool {
         match self {
             Self::Netdev(port) => port.receiver.has_burst(),
-            Self::Internal(_) | Self::Memory(_) => false,
+            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => false,
         }
     }
 
@@ -53,6 +58,7 @@ impl Device {
     pub fn waiting(&self) -> usize {
         match self {
             Self::Netdev(port) => port.receiver.waiting(),
+            Self::Faulty(port) => port.waiting(),
             Self::Internal(_) | Self::Memory(_) => 0,
         }
     }
@@ -65,7 +71,7 @@ impl Device {
                 // What was received and not released yet is no backlog any more.
                 (receiver.waiting() * 1000 / receiver.slots()) as u32
             }
-            Self::Internal(_) | Self::Memory(_) => 0,
+            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => 0,
         }
     }
 
@@ -86,6 +92,7 @@ impl Device {
             Self::Netdev(port) => port.receiver.receive(copies, burst),
             Self::Internal(port) => port.receive(copies, burst),
             Self::Memory(port) => port.receive(burst),
+            Self::Faulty(port) => port.receive(burst),
         }
     }
 
@@ -96,6 +103,7 @@ impl Device {
             Self::Netdev(port) => port.receiver.release(),
             Self::Internal(_) => {}
             Self::Memory(port) => port.release(),
+            Self::Faulty(port) => port.release(),
         }
     }
 
@@ -116,6 +124,7 @@ impl Device {
                 Self::Netdev(port) => loaded.send_from(&port.transmitter, next),
                 Self::Internal(port) => port.send(packets.get(next..).unwrap_or_default()),
                 Self::Memory(port) => port.send(packets.get(next..).unwrap_or_default()),
+                Self::Faulty(port) => port.send(packets.get(next..).unwrap_or_default()),
             };
             match sent {
                 // Nothing and no error cannot be; go on rather than spin.
@@ -135,7 +144,7 @@ impl Device {
         match self {
             Self::Netdev(port) => Some(port.receiver.as_fd()),
             Self::Internal(port) => Some(port.as_fd()),
-            Self::Memory(_) => None,
+            Self::Memory(_) | Self::Faulty(_) => None,
         }
     }
 
@@ -143,7 +152,7 @@ impl Device {
     pub fn position(&self) -> (usize, usize) {
         match self {
             Self::Netdev(port) => (port.receiver.position(), port.receiver.slots()),
-            Self::Internal(_) | Self::Memory(_) => (0, 0),
+            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => (0, 0),
         }
     }
 
@@ -178,7 +187,7 @@ impl Device {
     pub fn kernel_counter(&self) -> std::io::Result<Option<KernelCounter>> {
         match self {
             Self::Netdev(port) => port.receiver.counter().map(Some),
-            Self::Internal(_) | Self::Memory(_) => Ok(None),
+            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => Ok(None),
         }
     }
 }
