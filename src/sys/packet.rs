@@ -51,6 +51,11 @@ const SLOT_HEADER_LEN: usize = size_of::<libc::tpacket2_hdr>();
 /// A super-frame with its virtio header, and room for tags before it.
 const COPY_LEN: usize = 68 * 1024;
 const COPY_START: usize = HEADROOM;
+/// Bytes by which a super-frame is known again: all headers, and some of the data.
+const COPY_HEAD_LEN: usize = 256;
+/// Reads for one super-frame: one that meets an error, one that gets a frame given up
+/// before, and one more.
+const COPY_TRIES: usize = 3;
 const SEND_BUFFER: c_int = 64 << 20;
 
 const _: () = assert!(size_of::<libc::tpacket2_hdr>() == 32);
@@ -255,7 +260,7 @@ impl Receiver {
             self.taken += 1;
             let frame = if status & libc::TP_STATUS_COPY != 0 {
                 copies_left -= 1;
-                copies.next().and_then(|copy| receive_copy(&self.socket, &header, copy))
+                copies.next().and_then(|copy| receive_copy(&self.socket, &header, bytes, copy))
             } else if header.tp_snaplen != header.tp_len {
                 None
             } else {
@@ -387,28 +392,35 @@ fn in_slot<'a>(
     Some((FrameBuffer::new(bytes, start)?, vnet))
 }
 
-/// Reads the super-frame a slot announced.
+/// Reads the super-frame a slot announced; the slot holds its first bytes.
 ///
-/// Slots and queue must stay in step, or a frame would get another one's tag. A
-/// device that went down leaves an error that is answered before the queue is
-/// looked at (`__skb_try_recv_datagram`); reading it takes it away, so the second
-/// try gets the frame. A frame of another length than announced is not this one.
+/// Slots and queue must stay in step, or a frame would get another one's tag, and go to
+/// another guest. A device that went down leaves an error that is answered before the
+/// queue is looked at (`__skb_try_recv_datagram`); reading it takes it away, so the next
+/// try gets the frame. A frame that differs from what the slot has of it is that of an
+/// earlier slot, which was given up: it goes, and the next is looked at.
 fn receive_copy<'a>(
     socket: &OwnedFd,
     header: &libc::tpacket2_hdr,
+    slot: &[u8],
     copy: &'a mut [u8],
 ) -> Option<(FrameBuffer<'a>, VnetHeader)> {
+    let start = usize::from(header.tp_mac).checked_sub(SLOT_HEADER_LEN)?;
+    let head = slot.get(start..)?.get(..COPY_HEAD_LEN.min(header.tp_snaplen as usize))?;
+    let length = VNET_HEADER_LEN + header.tp_len as usize;
     let place = copy.get_mut(COPY_START - VNET_HEADER_LEN..)?;
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
-    let length = recv(socket.as_raw_fd(), place, flags)
-        .or_else(|_| recv(socket.as_raw_fd(), place, flags))
-        .ok()?;
-    if length != VNET_HEADER_LEN + header.tp_len as usize {
-        return None;
+    let mut tries = 0..COPY_TRIES;
+    loop {
+        tries.next()?;
+        match recv(socket.as_raw_fd(), place, flags) {
+            // MSG_TRUNC tells the whole length: a frame longer than the buffer is lost.
+            Ok(read) if read == length && place.get(VNET_HEADER_LEN..)?.starts_with(head) => break,
+            Err(Errno::EAGAIN) => return None,
+            _ => {}
+        }
     }
-    // MSG_TRUNC tells the whole length: a frame longer than the buffer is lost.
-    let frame = place.get(..length)?;
-    let vnet = VnetHeader::from_bytes(frame.first_chunk()?);
+    let vnet = VnetHeader::from_bytes(place.get(..length)?.first_chunk()?);
     let bytes = copy.get_mut(..COPY_START - VNET_HEADER_LEN + length)?;
     Some((FrameBuffer::new(bytes, COPY_START)?, vnet))
 }
