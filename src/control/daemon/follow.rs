@@ -4,6 +4,7 @@ use super::Daemon;
 use super::devices::publish;
 use crate::control::api::EventKind;
 use crate::control::links::{LinkEvent, LinkState, QDISC_REMOVED};
+use crate::control::mapping::DeviceKind;
 use crate::control::start_error::StartError;
 use crate::port::DeviceState;
 use tracing::warn;
@@ -104,10 +105,11 @@ impl Daemon {
         if link.name == self.name && self.uplink.attached.is_none() {
             match self.attach_uplink(link) {
                 Ok(()) => {
+                    self.left_out.retain(|index| *index != link.index);
                     let text = format!("uplink {}: back", self.name);
                     self.tell(EventKind::UplinkAttached, Some(&link.name), text);
                 }
-                Err(error) => warn!("uplink {}: cannot attach: {error}", self.name),
+                Err(error) => self.leave_out(link, &format!("uplink {}", self.name), &error),
             }
             return;
         }
@@ -116,12 +118,38 @@ impl Daemon {
         if let Some(position) = waiting.map(|(position, _)| position) {
             match self.adopt(position, link) {
                 Ok(()) => {
+                    self.left_out.retain(|index| *index != link.index);
                     let text = format!("{}: attached", link.name);
                     self.tell(EventKind::PortAttached, Some(&link.name), text);
                 }
                 Err(StartError::Host(error)) if error.is_device_gone() => {}
-                Err(error) => warn!("{}: cannot attach: {error}", link.name),
+                Err(error) => self.leave_out(link, &link.name, &error),
             }
+        }
+    }
+
+    /// Says, once, that a device that is there cannot be attached.
+    fn leave_out(&mut self, link: &LinkState, what: &str, error: &StartError) {
+        if !self.left_out.contains(&link.index) {
+            self.left_out.push(link.index);
+            warn!("{what}: cannot attach, trying again every second: {error}");
+        }
+    }
+
+    /// Tries again to attach what is there and could not be attached when it came: the
+    /// memory or descriptors it takes may be there by now.
+    pub(super) fn attach_left_out(&mut self) {
+        let links = self.monitor.links();
+        self.left_out.retain(|index| links.by_index(*index).is_some());
+        let waiting = self.ports.iter().map(|(_, port)| port);
+        let waiting = waiting
+            .filter(|port| port.attached.is_none() && port.config.kind != DeviceKind::Internal);
+        let names = waiting.map(|port| &port.config.device);
+        let uplink = self.uplink.attached.is_none().then_some(&self.name);
+        let there = names.chain(uplink).filter_map(|name| links.by_name(name));
+        let there: Vec<LinkState> = there.filter(|link| link.is_ethernet).cloned().collect();
+        for link in there {
+            self.device_came(&link);
         }
     }
 

@@ -106,6 +106,8 @@ pub struct Daemon {
     claim: OwnedFd,
     /// How many tables the worker was given.
     tables: u64,
+    /// Devices that are there and could not be attached, as was said.
+    left_out: Vec<u32>,
     /// Overruns of netlink that were followed up.
     overruns_seen: u64,
     /// Another process has gone on in our place.
@@ -175,6 +177,7 @@ impl Daemon {
             confined: None,
             claim,
             tables: 0,
+            left_out: Vec::new(),
             overruns_seen: 0,
             handed_over: false,
         };
@@ -281,6 +284,7 @@ impl Daemon {
             if now >= next_tick {
                 self.tick(now);
                 self.take_notices();
+                self.attach_left_out();
                 self.end_captures();
                 self.host.restore_queueing();
                 next_tick = now + TICK;
