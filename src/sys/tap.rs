@@ -104,9 +104,12 @@ impl TapOptions {
 }
 
 fn driver_cure(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EACCES | Errno::EPERM) => {
             "run as root, or let everybody open it: `chmod 666 /dev/net/tun`"
+        }
+        Some(Errno::EMFILE | Errno::ENFILE) => {
+            "raise the limit of open files (ulimit -n, LimitNOFILE=)"
         }
         _ => "load the driver with `modprobe tun`",
     }
