@@ -49,7 +49,9 @@ pub fn run(context: &Context, arguments: CaptureArguments) -> Outcome {
     // Only now: a refused capture leaves a file of this name as it was.
     let mut sink =
         Sink { output: None, path: to_file, json: context.json, blocks: Blocks::default() };
-    match copy(&mut client, &signals, &mut sink) {
+    let copied = copy(&mut client, &signals, &mut sink);
+    sink.cut();
+    match copied {
         Ok(()) | Err(Failure::ReaderGone) => {
             sink.say();
             Ok(ExitCode::SUCCESS)
@@ -141,7 +143,7 @@ fn copy(client: &mut Client, signals: &SignalFd, sink: &mut Sink) -> Result<(), 
 /// Where the bytes go.
 struct Sink<'a> {
     /// Opened when the first bytes are there.
-    output: Option<Box<dyn Write>>,
+    output: Option<Output>,
     /// The file; without it, standard output.
     path: Option<&'a Path>,
     /// Pass the replies on as they came.
@@ -163,14 +165,27 @@ impl Sink<'_> {
         let bytes = STANDARD.decode(&pcapng).map_err(|error| {
             ClientError::Garbage(format!("a piece of the capture is not base64: {error}"))
         })?;
-        self.blocks.count(&bytes);
-        let bytes = if self.json { format!("{}\n", reply.json).into_bytes() } else { bytes };
         let path = self.path;
         let output = match &mut self.output {
             Some(output) => output,
             empty => empty.insert(open(path)?),
         };
-        output.write_all(&bytes).and_then(|()| output.flush()).map_err(|error| failed(path, error))
+        if self.json {
+            self.blocks.count(&bytes);
+            let (_, result) = output.write(format!("{}\n", reply.json).as_bytes());
+            return result.map_err(|error| failed(path, error));
+        }
+        let (written, result) = output.write(&bytes);
+        self.blocks.count(bytes.get(..written).unwrap_or_default());
+        result.map_err(|error| failed(path, error))
+    }
+
+    /// Cuts a block off a file that has not come whole: it would be garbage to a reader.
+    fn cut(&mut self) {
+        if let (Some(Output::File(file)), false) = (&self.output, self.json) {
+            // What is no regular file stays as it is.
+            let _ = file.set_len(self.blocks.cut());
+        }
     }
 
     fn say(&self) {
@@ -190,19 +205,52 @@ impl Sink<'_> {
     }
 }
 
-fn open(path: Option<&Path>) -> Result<Box<dyn Write>, Failure> {
+/// A file or standard output.
+enum Output {
+    File(File),
+    Standard(io::Stdout),
+}
+
+impl Output {
+    /// Writes all of it, or as much as it can; how much that was.
+    fn write(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
+        let output: &mut dyn Write = match self {
+            Self::File(file) => file,
+            Self::Standard(stdout) => stdout,
+        };
+        let mut written = 0;
+        while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+            match output.write(rest) {
+                Ok(0) => return (written, Err(io::ErrorKind::WriteZero.into())),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (written, Err(error)),
+            }
+        }
+        (written, output.flush())
+    }
+}
+
+fn open(path: Option<&Path>) -> Result<Output, Failure> {
     match path {
-        Some(path) => match File::create(path) {
-            Ok(file) => Ok(Box::new(file)),
-            Err(error) => Err(failed(Some(path), error)),
-        },
-        None => Ok(Box::new(io::stdout())),
+        Some(path) => {
+            File::create(path).map(Output::File).map_err(|error| failed(Some(path), error))
+        }
+        None => Ok(Output::Standard(io::stdout())),
     }
 }
 
 fn failed(path: Option<&Path>, error: io::Error) -> Failure {
     match path {
-        Some(path) => Failure::Message(format!("{}: {error}", path.display())),
+        Some(path) => {
+            let cure = match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    ": the disk is full; free some of it, or write elsewhere"
+                }
+                _ => "",
+            };
+            Failure::Message(format!("{}: {error}{cure}", path.display()))
+        }
         None => written(error),
     }
 }
@@ -236,6 +284,13 @@ impl Blocks {
 
     fn missed(&self) -> u64 {
         self.missed_of.values().sum()
+    }
+
+    /// Forgets the block that has not come whole; the length of all that have, in bytes.
+    fn cut(&mut self) -> u64 {
+        self.bytes -= self.part.len() as u64;
+        self.part.clear();
+        self.bytes
     }
 
     fn count(&mut self, bytes: &[u8]) {
@@ -361,6 +416,14 @@ mod tests {
                 assert_eq!((blocks.frames, blocks.missed()), (2, 80), "{piece}");
                 assert_eq!(blocks.bytes, file.len() as u64);
             }
+        }
+        // A block that has not come whole is cut off again.
+        let whole = file(false);
+        let last = 12 + 20;
+        for missing in [1, 4, 31] {
+            let mut blocks = Blocks::default();
+            blocks.count(whole.get(..whole.len() - missing).unwrap_or_default());
+            assert_eq!(blocks.cut(), (whole.len() - last) as u64, "{missing}");
         }
         let mut blocks = Blocks::default();
         blocks.count(&[0; 64]);
