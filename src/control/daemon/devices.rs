@@ -432,15 +432,19 @@ impl Daemon {
         }
     }
 
-    pub(super) fn count_overruns(&self) {
+    pub(super) fn count_overruns(&mut self) {
         if let Some((_, Some(counter), _)) = &self.uplink.attached {
-            self.uplink.shared.from_wire.add_overruns(counter.take().overruns);
+            let count = counter.take();
+            self.uplink.shared.from_wire.add_overruns(count.overruns);
+            self.uplink.watched.ring.note(count);
         }
-        for (_, port) in self.ports.iter() {
+        for (_, port) in self.ports.iter_mut() {
             if let Some(counter) =
                 port.attached.as_ref().and_then(|attached| attached.counter.as_ref())
             {
-                port.shared.from_guest.add_overruns(counter.take().overruns);
+                let count = counter.take();
+                port.shared.from_guest.add_overruns(count.overruns);
+                port.watched.ring.note(count);
             }
         }
     }
@@ -522,7 +526,11 @@ fn opened(Prepared { position, link }: Prepared, device: Device) -> Result<Opene
     Ok(Opened { position, counter: device.kernel_counter()?, link: Some(link), device })
 }
 
-fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartError> {
+/// Opens a device that is ready.
+///
+/// # Errors
+/// [`StartError`] naming the device and the step that failed.
+pub fn open(link: &LinkState, options: NetdevOptions<'_>) -> Result<Device, StartError> {
     NetdevPort::open(link.index, options)
         .map(Device::Netdev)
         .map_err(|source| StartError::Packet { name: link.name.clone(), source })

@@ -14,6 +14,7 @@ mod follow;
 mod handing;
 mod heartbeat;
 mod ports;
+mod stuck;
 mod watch;
 
 use crate::control::api::{Event, EventKind, Removed};
@@ -283,6 +284,7 @@ impl Daemon {
             }
             if now >= next_tick {
                 self.tick(now);
+                self.free_stuck_ring(now);
                 self.take_notices();
                 self.attach_left_out();
                 self.end_captures();

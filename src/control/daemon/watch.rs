@@ -4,6 +4,7 @@
 //! for it. Of the latter one line at the beginning and one every ten seconds.
 
 use super::Daemon;
+use super::stuck::RingWatch;
 use crate::control::api::EventKind;
 use crate::dataplane::{FlowSnapshot, WorkerShared};
 use crate::port::DeviceState;
@@ -79,6 +80,8 @@ pub struct Watched {
     pub outgoing: WatchedDrops,
     /// The highest fill of its ring over the last second, 0 to 1.
     pub ring_peak: f64,
+    /// Whether the kernel still fills its ring.
+    pub ring: RingWatch,
     overload: Option<Overload>,
 }
 
@@ -90,6 +93,7 @@ impl Default for Watched {
             incoming: WatchedDrops::default(),
             outgoing: WatchedDrops::default(),
             ring_peak: 0.0,
+            ring: RingWatch::default(),
             overload: None,
         }
     }
