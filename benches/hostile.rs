@@ -115,6 +115,7 @@ fn run(options: &Options) -> Result<bool> {
                 for drop in bed.stop()? {
                     named.push(format!("{} {}: {drop}", kind.name(), label(place)));
                 }
+                eprintln!("{} {}: {figures:.0?}", kind.name(), label(place));
                 rows.push(Row { kind: *kind, place, round, figures });
             }
         }

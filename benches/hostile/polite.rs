@@ -27,7 +27,7 @@ const ETHER_TYPE: u16 = 0x88b5;
 const CONTENT: usize = 14;
 
 /// What was found.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Figures {
     /// Half of the round trips took no longer, in microseconds.
     pub p50_us: f64,
@@ -91,12 +91,13 @@ pub fn measure(bed: &Bed, window: Duration) -> Result<Figures> {
         reflected.map_err(|_| panicked())??;
         let mut times = times.map_err(|_| panicked())??;
         times.sort_by(f64::total_cmp);
-        let at = |share| quantile(&times, share).context("no polite frame came back");
+        // Without any that came back it took for ever.
+        let at = |share| quantile(&times, share).unwrap_or(f64::INFINITY);
         let sent = sent.load(Ordering::Relaxed);
         Ok(Figures {
-            p50_us: at(0.5)?,
-            p99_us: at(0.99)?,
-            p999_us: at(0.999)?,
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+            p999_us: at(0.999),
             sent,
             lost: sent.saturating_sub(times.len() as u64),
             flood_pps: 0.0,
