@@ -184,9 +184,14 @@ pub struct Lane<'w, const WATCHED: bool> {
 }
 
 impl<const WATCHED: bool> Lane<'_, WATCHED> {
-    /// Sends frames in order, or counts why not.
+    /// Sends frames in order, or counts why not. Returns how many segments were made
+    /// of those that had to be cut.
     #[inline]
-    pub fn send_frames<'f>(&mut self, frames: impl Iterator<Item = (&'f Received<'f>, Handling)>) {
+    pub fn send_frames<'f>(
+        &mut self,
+        frames: impl Iterator<Item = (&'f Received<'f>, Handling)>,
+    ) -> usize {
+        let mut segments = 0;
         let mut packets = ArrayVec::<&[u8], BURST>::new();
         for (frame, handling) in frames {
             match handling {
@@ -194,11 +199,12 @@ impl<const WATCHED: bool> Lane<'_, WATCHED> {
                 Handling::Cut => {
                     self.send(&packets);
                     packets.clear();
-                    self.cut(frame);
+                    segments += self.cut(frame);
                 }
             }
         }
         self.send(&packets);
+        segments
     }
 
     fn send(&mut self, packets: &[&[u8]]) {
@@ -256,13 +262,16 @@ impl<const WATCHED: bool> Lane<'_, WATCHED> {
     }
 
     /// Cuts a super-frame the kernel would lose and sends the segments. One that can
-    /// go nowhere is dropped in one piece: cutting it would be work for nobody.
-    fn cut(&mut self, frame: &Received<'_>) {
+    /// go nowhere is dropped in one piece: cutting it would be work for nobody. Returns
+    /// how many segments there were.
+    fn cut(&mut self, frame: &Received<'_>) -> usize {
         if let Some(reason) = self.closed() {
-            return self.drop_all(&[frame.buffer.packet()], reason);
+            self.drop_all(&[frame.buffer.packet()], reason);
+            return 0;
         }
         let Ok(mut segmenter) = Segmenter::new(frame.buffer.frame(), frame.header) else {
-            return self.drop_all(&[frame.buffer.packet()], DropReason::BadOffload);
+            self.drop_all(&[frame.buffer.packet()], DropReason::BadOffload);
+            return 0;
         };
         self.flow.add_split(segmenter.segment_count().saturating_sub(1) as u64);
         // Taken out while in use: an empty box costs nothing.
@@ -274,6 +283,7 @@ impl<const WATCHED: bool> Lane<'_, WATCHED> {
             }
         }
         self.segments.0 = memory;
+        segmenter.segment_count()
     }
 
     /// Fills the memory with segments and sends them; returns how many there were.

@@ -11,6 +11,7 @@ mod counters;
 mod handle;
 mod pace;
 mod policing;
+mod turns;
 mod worker;
 
 pub use burst::{Abilities, Lane, SegmentSpace};

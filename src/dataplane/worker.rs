@@ -18,6 +18,7 @@ use super::counters::{PortShared, UplinkShared, WorkerShared};
 use super::handle::{Command, Departed, Notice, WorkerHandle};
 use super::pace::{Pace, PollMode, Step};
 use super::policing::PortPolicer;
+use super::turns::Turns;
 use crate::frame::{TAG_LEN, TagStack};
 use crate::port::Device;
 use crate::switch::{DropReason, GuestVerdict, PortIndex, Table, UplinkVerdict};
@@ -66,6 +67,7 @@ pub struct Slot {
     device: Option<Box<Device>>,
     shed_until: Option<Instant>,
     policer: PortPolicer,
+    turns: Turns,
     hot: bool,
     empty_rounds: u32,
 }
@@ -73,8 +75,15 @@ pub struct Slot {
 impl Slot {
     /// A port without a device.
     pub fn new(shared: Arc<PortShared>) -> Self {
-        let policer = PortPolicer::default();
-        Self { shared, device: None, shed_until: None, policer, hot: false, empty_rounds: 0 }
+        Self {
+            shared,
+            device: None,
+            shed_until: None,
+            policer: PortPolicer::default(),
+            turns: Turns::default(),
+            hot: false,
+            empty_rounds: 0,
+        }
     }
 }
 
@@ -222,7 +231,7 @@ impl Worker {
             self.uplink_shared.ring_peak.note(uplink.ring_fill());
         }
         let mut burst = Burst::new();
-        let lost = uplink.receive(&mut self.copies, &mut burst);
+        let lost = uplink.receive(&mut self.copies, BURST, &mut burst);
         let moved = lost > 0 || !burst.is_empty();
         let watch = self.captures.watch::<WATCHED>(None);
         let (uplink_shared, abilities) = (&self.uplink_shared, self.abilities);
@@ -256,13 +265,14 @@ impl Worker {
         let Some(device) = slot.device.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
+        let Some(most) = slot.turns.begin() else { return true };
         if device.has_burst() {
             slot.shared.ring_peak.note(device.ring_fill());
         }
         let flow = &slot.shared.from_guest;
         let mtu = self.uplink_shared.link.mtu();
         let mut burst = Burst::new();
-        let lost = device.receive(&mut self.copies, &mut burst);
+        let lost = device.receive(&mut self.copies, most, &mut burst);
         let moved = lost > 0 || !burst.is_empty();
         let mut handlings = ArrayVec::<Option<Handling>, BURST>::new();
         let mut bytes = 0;
@@ -302,7 +312,9 @@ impl Worker {
             watch: self.captures.watch::<WATCHED>(Some(port)),
         };
         let frames = burst.iter().zip(&handlings);
-        lane.send_frames(frames.filter_map(|(frame, handling)| Some((frame, (*handling)?))));
+        let cut =
+            lane.send_frames(frames.filter_map(|(frame, handling)| Some((frame, (*handling)?))));
+        slot.turns.end(burst.len(), cut);
         drop(burst);
         device.release();
         moved

@@ -84,12 +84,17 @@ impl Device {
         }
     }
 
-    /// Takes a burst of frames. Returns how many the kernel announced and could
+    /// Takes a burst of frames, of a netdev this many at most. Returns how many the kernel announced and could
     /// not deliver whole.
     #[inline]
-    pub fn receive<'a>(&'a mut self, copies: &'a mut CopyPool, burst: &mut Burst<'a>) -> u64 {
+    pub fn receive<'a>(
+        &'a mut self,
+        copies: &'a mut CopyPool,
+        most: usize,
+        burst: &mut Burst<'a>,
+    ) -> u64 {
         match self {
-            Self::Netdev(port) => port.receiver.receive(copies, burst),
+            Self::Netdev(port) => port.receiver.receive(copies, most, burst),
             Self::Internal(port) => port.receive(copies, burst),
             Self::Memory(port) => port.receive(burst),
             Self::Faulty(port) => port.receive(burst),

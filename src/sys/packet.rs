@@ -236,15 +236,20 @@ impl Receiver {
         self.ring.status(self.next).load(Ordering::Relaxed) & libc::TP_STATUS_USER != 0
     }
 
-    /// Takes frames until the ring is empty, `burst` is full or `copies` are used
-    /// up. Returns how many frames had to be given up because the kernel had no
+    /// Takes at most this many frames, until the ring is empty, `burst` is full or
+    /// `copies` are used up. Returns how many frames had to be given up because the kernel had no
     /// room for all of their bytes.
     #[inline]
-    pub fn receive<'a>(&'a mut self, copies: &'a mut CopyPool, burst: &mut Burst<'a>) -> u64 {
+    pub fn receive<'a>(
+        &'a mut self,
+        copies: &'a mut CopyPool,
+        most: usize,
+        burst: &mut Burst<'a>,
+    ) -> u64 {
         let mut lost = 0;
         let mut copies = copies.buffers();
         let mut copies_left = COPIES;
-        while !burst.is_full() && copies_left > 0 && self.taken < self.ring.slots {
+        while burst.len() < most.min(BURST) && copies_left > 0 && self.taken < self.ring.slots {
             let status = self.ring.status(self.next).load(Ordering::Acquire);
             if status & libc::TP_STATUS_USER == 0 {
                 break;
