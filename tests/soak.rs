@@ -174,6 +174,17 @@ struct Held {
     devices: usize,
 }
 
+impl Held {
+    fn most(self, other: Self) -> Self {
+        Self {
+            memory: self.memory.max(other.memory),
+            descriptors: self.descriptors.max(other.descriptors),
+            bpf: self.bpf.max(other.bpf),
+            devices: self.devices.max(other.devices),
+        }
+    }
+}
+
 struct Soak<'l> {
     lab: &'l Lab,
     folder: TempDir,
@@ -232,11 +243,7 @@ impl Soak<'_> {
         tcp();
         self.tally.tcp_bytes += 2 * TCP_BYTES;
         if cycle % 3 == 1 {
-            self.lab.host.ip("link set t1 down");
-            self.daemon().until("t1 is down", |summary| summary.port("t1").state == "down");
-            self.lab.host.ip("link set t1 up");
-            self.daemon().attached(&["t1"]);
-            self.tally.flaps += 1;
+            self.flap_guest(streams, control);
         }
         if cycle % 3 == 2 {
             self.flap_uplink(streams, control);
@@ -254,8 +261,8 @@ impl Soak<'_> {
         self.tally.pauses += 1;
     }
 
-    /// What the wire has sent arrives first: the cable would lose it.
-    fn flap_uplink(&mut self, streams: &[Stream], control: &Control) {
+    /// The wire sends no more, and what it has sent has arrived.
+    fn quieten(&self, streams: &[Stream], control: &Control) {
         control.quiet.store(true, Relaxed);
         let down = || streams.iter().map(|stream| stream.down.arrived.load(Relaxed)).sum::<u64>();
         let (mut last, mut same) = (down(), 0);
@@ -265,6 +272,29 @@ impl Soak<'_> {
             last = now;
             (same == 30).then_some(())
         });
+    }
+
+    /// While a tap goes down the kernel takes frames for it and loses them without a
+    /// word (its `noop` qdisc), so none are sent then; while it is down they are.
+    fn flap_guest(&mut self, streams: &[Stream], control: &Control) {
+        self.quieten(streams, control);
+        self.lab.host.ip("link set t1 down");
+        let absent = |summary: &lab::Summary| summary.port("t1").to_guest.dropped("guest_absent");
+        let summary =
+            self.daemon().until("t1 is down", |summary| summary.port("t1").state == "down");
+        control.quiet.store(false, Relaxed);
+        let before = absent(&summary);
+        self.daemon().until("frames for t1 are dropped", |summary| absent(summary) > before + 10);
+        self.quieten(streams, control);
+        self.lab.host.ip("link set t1 up");
+        self.daemon().attached(&["t1"]);
+        control.quiet.store(false, Relaxed);
+        self.tally.flaps += 1;
+    }
+
+    /// What the wire sends while the cable is out would be lost there.
+    fn flap_uplink(&mut self, streams: &[Stream], control: &Control) {
+        self.quieten(streams, control);
         self.lab.host.ip("link set up0 down");
         self.daemon().until("the uplink is down", |summary| summary.uplink_state == "down");
         self.lab.host.ip("link set up0 up");
@@ -360,13 +390,12 @@ fn mixed_traffic_with_changes_restarts_and_faults() {
             let held = soak.held();
             if cycle < 12 {
                 // All kinds of events, a restart among them, have been by then.
-                let memory = first.map_or(0, |first| first.memory).max(held.memory);
-                first = Some(Held { memory, ..first.unwrap_or(held) });
+                first = Some(first.map_or(held, |first| first.most(held)));
             }
             let bound = first.unwrap();
             assert!(held.memory <= bound.memory + GROWTH, "{held:?}, at first {bound:?}");
             assert!(held.descriptors <= bound.descriptors + 2, "{held:?}, at first {bound:?}");
-            assert_eq!((held.bpf, held.devices), (bound.bpf, bound.devices));
+            assert!(held.bpf <= bound.bpf && held.devices <= bound.devices, "{held:?} {bound:?}");
             if begin.elapsed() >= next_row {
                 soak.row(begin, &streams, held);
                 next_row += Duration::from_secs(60);
