@@ -50,7 +50,7 @@ fn super_frames_stay_with_their_slots_when_the_device_goes_down() {
 
         let mut copies = CopyPool::default();
         let mut burst = Burst::new();
-        assert_eq!(receiver.receive(&mut copies, &mut burst), 0, "frames were given up");
+        assert_eq!(receiver.receive(&mut copies, 64, &mut burst), 0, "frames were given up");
         let found: Vec<(usize, Option<u8>)> = burst
             .iter()
             .filter(|frame| frame.buffer.frame_len() > 2000)

@@ -82,22 +82,24 @@ impl Bed {
         let text = std::fs::read_to_string(self.log.path())?;
         let summary = text.lines().rev().find_map(|line| {
             let value: Value = serde_json::from_str(line).ok()?;
-            (value["event"] == "summary").then_some(value)
+            (value.get("event")? == "summary").then_some(value)
         });
         let summary = summary.context("the daemon said no summary")?;
         let mut named = Vec::new();
-        let mut look = |name: &str, flow: &Value| {
-            for (reason, frames) in flow["drops"].as_object().into_iter().flatten() {
+        let mut look = |name: &str, flow: Option<&Value>| {
+            for (reason, frames) in
+                flow.and_then(|flow| flow.get("drops")?.as_object()).into_iter().flatten()
+            {
                 if frames.as_u64().unwrap_or(0) > 0 {
                     named.push(format!("{name} {reason} {frames}"));
                 }
             }
         };
-        look("uplink", &summary["uplink"]["from_wire"]);
-        for port in summary["ports"].as_array().into_iter().flatten().skip(1) {
-            let name = port["name"].as_str().unwrap_or_default();
-            look(&format!("{name} from its guest"), &port["from_guest"]);
-            look(&format!("{name} to its guest"), &port["to_guest"]);
+        look("uplink", summary.pointer("/uplink/from_wire"));
+        for port in summary.get("ports").and_then(Value::as_array).into_iter().flatten().skip(1) {
+            let name = port.get("name").and_then(Value::as_str).unwrap_or_default();
+            look(&format!("{name} from its guest"), port.get("from_guest"));
+            look(&format!("{name} to its guest"), port.get("to_guest"));
         }
         Ok(named)
     }
