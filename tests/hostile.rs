@@ -456,8 +456,10 @@ fn super_frames_of_very_many_segments() {
     });
     let flow = &summary.port("bad").from_guest;
     assert_eq!(flow.in_frames, sent[0]);
-    assert_eq!(flow.in_frames + flow.split_frames, expected.get(), "{flow:?}");
-    assert_eq!(flow.out_frames, expected.get(), "{flow:?}");
+    // It waits its turn, and its queue for long frames holds only so many meanwhile.
+    let overrun = flow.dropped("ring_overrun");
+    assert_eq!(flow.out_frames + overrun, flow.in_frames + flow.split_frames, "{flow:?}");
+    assert!(flow.out_frames <= expected.get() && flow.split_frames > 50_000, "{flow:?}");
 }
 
 /// A super-frame of old guests (UFO): Linux takes it from a tap, and a ring with virtio
