@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
 use vlanswitchd::control::cli::{Arguments, Config, LogFormat};
 use vlanswitchd::control::config::check;
-use vlanswitchd::control::daemon::Daemon;
+use vlanswitchd::control::daemon::{self, Daemon};
 use vlanswitchd::control::privileges;
 
 /// Exit status for wrong arguments or configuration, the one clap uses too.
@@ -15,7 +15,7 @@ const WRONG_CONFIGURATION: u8 = 2;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let check_only = arguments.is_check();
+    let (check_only, give_back) = (arguments.is_check(), arguments.is_give_back());
     let config = match Config::load(arguments) {
         Ok(config) => config,
         Err(errors) => return complain_of_all(errors.0, WRONG_CONFIGURATION),
@@ -28,6 +28,15 @@ fn main() -> ExitCode {
                 ExitCode::SUCCESS
             }
             Err(errors) => complain_of_all(errors, WRONG_CONFIGURATION),
+        };
+    }
+    if give_back {
+        return match daemon::give_back(&config) {
+            Ok(count) => {
+                print(&format!("{count} devices given back\n"));
+                ExitCode::SUCCESS
+            }
+            Err(error) => complain(&error, 1),
         };
     }
     privileges::abort_on_panic();

@@ -82,6 +82,17 @@ pub struct Arguments {
     #[arg(long)]
     pub(super) takeover: bool,
 
+    /// Keep everything in the service manager's descriptor store between two runs
+    ///
+    /// Needed under systemd before version 254 only: later ones say in $FDSTORE that the
+    /// unit has FileDescriptorStoreMax=.
+    #[arg(long)]
+    pub(super) fd_store: bool,
+
+    /// Give devices back that a vlanswitchd which has ended left as its ports, and end
+    #[arg(long, conflicts_with_all = ["check", "takeover"])]
+    pub(super) give_back: bool,
+
     /// Log lines and counters for people, or as JSON objects [default: text]
     #[arg(long, value_enum)]
     pub(super) log_format: Option<LogFormat>,
@@ -95,6 +106,16 @@ impl Arguments {
     /// Whether the configuration is only to be checked.
     pub fn is_check(&self) -> bool {
         self.check
+    }
+
+    /// Whether devices are only to be given back.
+    pub fn is_give_back(&self) -> bool {
+        self.give_back
+    }
+
+    /// Whether there is a descriptor store that does not say so itself.
+    pub fn is_fd_store(&self) -> bool {
+        self.fd_store
     }
 
     /// Whether to go on in another process's place.

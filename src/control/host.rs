@@ -141,6 +141,15 @@ pub struct Host {
     seal: OwnedFd,
     /// Ports around which something was changed, and when.
     disturbed: Vec<(u32, Instant)>,
+    /// What a process before has found, and not put back.
+    earlier: Earlier,
+}
+
+/// What a process before has found, and not put back.
+#[derive(Debug, Default)]
+struct Earlier {
+    uplink: Option<FoundUplink>,
+    ports: Vec<FoundPort>,
 }
 
 impl Host {
@@ -151,7 +160,12 @@ impl Host {
     pub fn new() -> Result<Self, HostError> {
         let seal = bpf::load(ProgramKind::SchedCls, SEAL_NAME, &seal_program()?)?;
         bpf::tcx::remember(seal.as_fd())?;
-        Ok(Self { links: LinkSocket::new()?, seal, disturbed: Vec::new() })
+        Ok(Self {
+            links: LinkSocket::new()?,
+            seal,
+            disturbed: Vec::new(),
+            earlier: Earlier::default(),
+        })
     }
 
     /// Makes a device a port, all but up. Returns what to put back, unless it is
@@ -166,6 +180,7 @@ impl Host {
         sealing: Sealing,
     ) -> Result<Option<FoundPort>, HostError> {
         self.warn_about(link);
+        let earlier = self.earlier_port(link.index);
         let attach = match sealing {
             Sealing::Quick => attach_tc,
             Sealing::Lasting => attach_beside_qdiscs,
@@ -185,11 +200,11 @@ impl Host {
         };
         match self.silence(&mut found, ours) {
             Ok(()) if ours => Ok(None),
-            Ok(()) => Ok(Some(found)),
+            Ok(()) => Ok(Some(earlier.unwrap_or(found))),
             Err(error) => {
                 // Ours stays sealed: a VM may be on it.
                 if !ours {
-                    self.give_port_back(&found);
+                    self.give_port_back(&earlier.unwrap_or(found));
                 }
                 Err(error)
             }
@@ -238,6 +253,42 @@ impl Host {
             result => result?,
         }
         Ok(())
+    }
+
+    /// Takes note of what devices were like before a process before this one made them
+    /// its own, and did not put them back.
+    pub fn remember(&mut self, ports: Vec<FoundPort>, uplink: Option<FoundUplink>) {
+        self.earlier.ports.extend(ports);
+        if uplink.is_some() {
+            self.earlier.uplink = uplink;
+        }
+    }
+
+    /// What a device was like before, if it is still as that process left it: sealed.
+    fn earlier_port(&mut self, index: u32) -> Option<FoundPort> {
+        let position = self.earlier.ports.iter().position(|found| found.index == index)?;
+        let found = self.earlier.ports.swap_remove(position);
+        let link = self.links.link(index).ok()?;
+        is_sealed(index).unwrap_or(false).then(|| found.renamed(Some(&link.name)))
+    }
+
+    /// Gives back what was remembered and has not become ours meanwhile. Returns how many
+    /// devices that was.
+    pub fn give_back_remembered(&mut self) -> usize {
+        let indexes: Vec<u32> = self.earlier.ports.iter().map(|found| found.index).collect();
+        let ports: Vec<FoundPort> =
+            indexes.into_iter().filter_map(|index| self.earlier_port(index)).collect();
+        for found in &ports {
+            self.give_port_back(found);
+        }
+        let uplink = self.earlier.uplink.take();
+        // An index alone could be another device's by now.
+        let uplink = uplink
+            .filter(|found| self.links.link(found.index).is_ok_and(|link| link.name == found.name));
+        if let Some(found) = &uplink {
+            self.give_uplink_back(found);
+        }
+        ports.len() + usize::from(uplink.is_some())
     }
 
     /// Learns to know a device's seal, of whatever run it is, while the kernel still tells.
@@ -381,6 +432,13 @@ impl Host {
         {
             self.give_uplink_back(&found);
             return Err(error);
+        }
+        if self.earlier.uplink.as_ref().is_some_and(|earlier| earlier.index == link.index)
+            && let Some(earlier) = self.earlier.uplink.take()
+        {
+            // What it had switched off and raised is still so, and not to be found.
+            found.features.extend(earlier.features);
+            found.mtu = earlier.mtu.or(found.mtu);
         }
         Ok(found)
     }

@@ -11,11 +11,31 @@
 //! new process goes away before it is ready, the old one goes on as if nothing had
 //! happened.
 //!
-//! [`FORMAT`] changes with every change of meaning here. A process that is asked for a
-//! format it does not have refuses; the new one then tells it to end, and starts cold.
+//! The same goes by way of systemd's descriptor store (`control::store`): the old process
+//! leaves descriptors, [`State`] and [`Last`] there ([`Stored`]) and ends, and the next
+//! one finds them. From then on both ways are one.
+//!
+//! # The format and its versions
+//!
+//! Versions of vlanswitchd hand over to each other, older to newer and back:
+//!
+//! - A field more, without which the rest still means the same, is an addition: it has
+//!   `#[serde(default)]`, so that what an older version wrote can be read, and what an
+//!   older version reads passes over it. [`FORMAT`] stays. Its default must be what the
+//!   older version did.
+//! - All else is a change of meaning and takes the next number: a field that goes or is
+//!   read otherwise, another order of descriptors, a ring laid out otherwise, or something
+//!   frames would be lost without.
+//!   What a process does not have the number of is not read at all. By the control socket
+//!   the old process refuses; the new one tells it to end, and starts cold. From the store
+//!   it is removed, and the start is a cold one.
+//! - A version may read older numbers besides its own; it writes its own only.
+//!
+//! `tests/formats/` has what each number looks like, as the version wrote it that brought it.
 
 use crate::control::api::{Flow, INTERFACE, Removed};
 use crate::control::host::{FoundPort, FoundUplink};
+use crate::dataplane::Abilities;
 use crate::sys::hand_over;
 use crate::sys::peer::Peer;
 use nix::sys::signal::{Signal, kill};
@@ -41,6 +61,38 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const READY: u8 = b'!';
 /// An answer longer than this is none, in bytes.
 const ANSWER_MAX: usize = 64 << 10;
+
+/// What lies in the store beside the descriptors.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Stored {
+    /// [`FORMAT`]; whatever else there is is read only if it is known.
+    pub format: u32,
+    /// What the process before knew.
+    pub state: State,
+    /// Where it stopped.
+    pub last: Last,
+}
+
+/// What all formats have.
+#[derive(Debug, Deserialize)]
+struct Numbered {
+    format: u32,
+}
+
+impl Stored {
+    /// Reads what a vlanswitchd has stored.
+    ///
+    /// # Errors
+    /// What is wrong with it, for people.
+    pub fn read(bytes: &[u8]) -> Result<Self, String> {
+        let broken = |error| format!("it cannot be read: {error}");
+        let Numbered { format } = serde_json::from_slice(bytes).map_err(broken)?;
+        if format != FORMAT {
+            return Err(format!("it has format {format}, and this version reads {FORMAT}"));
+        }
+        serde_json::from_slice(bytes).map_err(broken)
+    }
+}
 
 /// A device that is handed over; its descriptor is the next of the message's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +128,17 @@ pub struct State {
     /// The places of its listening sockets: their descriptors come first, then the
     /// claim to the uplink, then the uplink's, then the ports'.
     pub listeners: Vec<String>,
+    /// What it found that the kernel can do: it is the same kernel.
+    #[serde(default)]
+    pub abilities: Option<Abilities>,
+}
+
+impl State {
+    /// How many descriptors belong to it.
+    pub fn descriptors(&self) -> usize {
+        let ports = self.ports.iter().filter(|port| port.device.is_some()).count();
+        self.listeners.len() + 1 + usize::from(self.device.is_some()) + ports
+    }
 }
 
 /// What the old process counted, and where it stopped.
@@ -96,11 +159,19 @@ pub struct Last {
 /// The new process's side of a hand-over under way.
 #[derive(Debug)]
 pub struct TakeOver {
-    stream: UnixStream,
+    from: Giver,
     /// What the old process knows.
     pub state: State,
     /// The descriptors, in the order [`State`] tells.
     pub descriptors: Vec<OwnedFd>,
+}
+
+#[derive(Debug)]
+enum Giver {
+    /// A process that still forwards.
+    Process(UnixStream),
+    /// One that has stopped here.
+    Ended(Box<Last>),
 }
 
 /// A hand-over that does not come about.
@@ -178,7 +249,17 @@ impl TakeOver {
         if state.uplink != uplink {
             return Err(TakeOverError::OtherUplink { socket: place(), other: state.uplink });
         }
-        Ok(Some(Self { stream, state, descriptors }))
+        Ok(Some(Self { from: Giver::Process(stream), state, descriptors }))
+    }
+
+    /// Goes on with what a process has left that has ended.
+    pub fn of_ended(Stored { state, last, .. }: Stored, descriptors: Vec<OwnedFd>) -> Self {
+        Self { from: Giver::Ended(Box::new(last)), state, descriptors }
+    }
+
+    /// Whether the other process still forwards, and will go on if this one does not.
+    pub fn is_from_process(&self) -> bool {
+        matches!(self.from, Giver::Process(_))
     }
 
     /// Says that everything is ready; the old process stops. From now on the frames
@@ -186,9 +267,14 @@ impl TakeOver {
     ///
     /// # Errors
     /// The connection's: the old process has gone, and how far it came is unknown.
-    pub fn finish(mut self) -> io::Result<Last> {
-        self.stream.write_all(&[READY])?;
-        receive::<Last>(&mut self.stream).map(|(last, _)| last)
+    pub fn finish(self) -> io::Result<Last> {
+        match self.from {
+            Giver::Process(mut stream) => {
+                stream.write_all(&[READY])?;
+                receive::<Last>(&mut stream).map(|(last, _)| last)
+            }
+            Giver::Ended(last) => Ok(*last),
+        }
     }
 }
 

@@ -12,11 +12,12 @@ use crate::switch::DropReason;
 use crate::sys::packet::{BURST, Received, SendSpace};
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// What this kernel segments when we send it (found by the start-up probe).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Abilities {
     /// Super-frames with VLAN tags in the bytes (5.19, 5.10.163 and the like).
     pub tagged_gso: bool,

@@ -153,6 +153,14 @@ impl Device {
         }
     }
 
+    /// The descriptor it sends by, if that is not the one to poll.
+    pub fn sending_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Netdev(port) => Some(port.transmitter.as_fd()),
+            Self::Internal(_) | Self::Memory(_) => None,
+        }
+    }
+
     /// Where in its ring it is, and how many slots that has; zeros without one.
     pub fn position(&self) -> (usize, usize) {
         match self {

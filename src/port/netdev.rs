@@ -61,7 +61,7 @@ impl NetdevPort {
     /// # Errors
     /// [`PacketError`] naming the step that failed.
     pub fn adopt(index: u32, socket: OwnedFd, slots: usize) -> Result<Self, PacketError> {
-        let receiver = Receiver::adopt(socket, slots)?;
+        let receiver = Receiver::adopt(index, socket, slots)?;
         Ok(Self { receiver, transmitter: Transmitter::open(index)? })
     }
 }

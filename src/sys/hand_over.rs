@@ -1,12 +1,14 @@
 #![allow(unsafe_code, reason = "descriptors from a message are ours from then on")]
 //! Messages with file descriptors on a unix socket (`SCM_RIGHTS`, unix(7)): a length,
-//! a count, the bytes, and then the descriptors in batches, each with one byte.
+//! a count, the bytes, and then the descriptors in batches, each with one byte. And
+//! descriptors that come from the service manager, with the process itself.
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Descriptors in one batch; the kernel takes 253 (`SCM_MAX_FD`).
 const BATCH: usize = 200;
@@ -56,6 +58,24 @@ pub fn receive(stream: &mut UnixStream) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         }
     }
     Ok((bytes, descriptors))
+}
+
+/// Descriptors the service manager has started this process with, and their names
+/// (sd_listen_fds(3)). To be asked before anything is opened; a second time there are
+/// none.
+///
+/// # Errors
+/// What the environment says is not so.
+pub fn inherited() -> io::Result<Vec<(String, OwnedFd)>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    let named = sd_notify::listen_fds_with_names()?;
+    // SAFETY: LISTEN_PID says that the service manager has opened these numbers for this
+    // process, `listen_fds` found each of them open, and nothing was opened before that
+    // could have one of them; `TAKEN` makes sure that each is taken once.
+    Ok(named.map(|(fd, name)| (name, unsafe { OwnedFd::from_raw_fd(fd) })).collect())
 }
 
 fn number(stream: &mut UnixStream) -> io::Result<usize> {

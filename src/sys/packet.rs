@@ -30,7 +30,7 @@ use crate::sys::sandbox::Call;
 use arrayvec::ArrayVec;
 use libc::{c_int, c_void, socklen_t};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{LinkAddr, MsgFlags, getsockname, recv};
 use std::marker::PhantomData;
 use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -207,12 +207,17 @@ impl Receiver {
         Ok(Self { socket, ring, next: 0, taken: 0 })
     }
 
-    /// Takes a ring over that another process has opened, with this many slots. No frame
-    /// may be received before [`Receiver::resume_at`].
+    /// Takes a ring over that another process has opened on the device with this index,
+    /// with this many slots. No frame may be received before [`Receiver::resume_at`].
     ///
     /// # Errors
-    /// [`PacketError`] if the descriptor has no such ring.
-    pub fn adopt(socket: OwnedFd, slots: usize) -> Result<Self, PacketError> {
+    /// [`PacketError`] if the descriptor has no such ring, or the device is another now.
+    pub fn adopt(index: u32, socket: OwnedFd, slots: usize) -> Result<Self, PacketError> {
+        let bound =
+            getsockname::<LinkAddr>(socket.as_raw_fd()).map_err(at("take over a packet socket"))?;
+        if bound.ifindex() != index as usize {
+            return Err(at("take over a packet socket")(Errno::ENODEV));
+        }
         if slots == 0 || !slots.is_multiple_of(BURST) {
             return Err(at("take over a receive ring")(Errno::EINVAL));
         }

@@ -198,6 +198,11 @@ impl Config {
         self.arguments.is_takeover()
     }
 
+    /// Whether there is a descriptor store that does not say so itself.
+    pub fn is_fd_store(&self) -> bool {
+        self.arguments.is_fd_store()
+    }
+
     fn load_from(arguments: Arguments, file: Option<PathBuf>) -> Result<Self, ConfigErrors> {
         let (told, faults) = file.as_deref().map(file::read).unwrap_or_default();
         let mut errors: Vec<ConfigError> = faults.into_iter().map(ConfigError::from).collect();

@@ -1,17 +1,22 @@
-//! Handing over to another process, and taking over from one (`control::takeover`).
+//! Handing over to another process, and taking over from one (`control::takeover`), be it
+//! that runs or one that has left everything in a store (`control::store`).
 
-use super::Daemon;
 use super::devices::Opened;
 use super::ports::Attached;
+use super::{Daemon, is_claim};
 use crate::control::config::Config;
 use crate::control::mapping;
 use crate::control::server::{ClientId, Refusal};
 use crate::control::start_error::StartError;
-use crate::control::takeover::{self, DeviceState, FORMAT, Last, PortState, State, TakeOver};
+use crate::control::store::{Deposit, Legacy, Store};
+use crate::control::takeover::{
+    self, DeviceState, FORMAT, Last, PortState, State, Stored, TakeOver,
+};
 use crate::dataplane::{Command, Departed, WorkerHandle};
 use crate::frame::Tpid;
 use crate::port::{Device, InternalPort, NetdevPort};
 use crate::switch::PortIndex;
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::io;
@@ -66,6 +71,45 @@ impl Daemon {
     }
 
     fn offer(&self, stream: &mut UnixStream) -> io::Result<()> {
+        let (state, descriptors) = self.possessions();
+        takeover::offer(stream, &state, &descriptors)
+    }
+
+    /// Leaves everything to the next process in the service manager's store, if there is
+    /// one. Returns whether nothing is to be put back therefore.
+    pub(super) fn leave_in_store(&mut self) -> bool {
+        let Some(store) = self.store else { return false };
+        match self.try_to_leave(store) {
+            Ok(()) => {
+                info!("left in the service manager's store, for the next vlanswitchd");
+                true
+            }
+            Err(error) => {
+                warn!(
+                    "nothing is left in the service manager's descriptor store: {error}: frames \
+                     are lost until the next start"
+                );
+                false
+            }
+        }
+    }
+
+    fn try_to_leave(&mut self, store: Store) -> io::Result<()> {
+        let (state, descriptors) = self.possessions();
+        let netdevs = self.ports.iter().filter(|(_, port)| port.index().is_some()).count();
+        // Those, what is to be known of them, and a sending socket a device.
+        store.check_room(descriptors.len() + 1 + netdevs + 1)?;
+        let deposit = Deposit::make(&descriptors)?;
+        let (last, departed) = self.freeze();
+        let stored = Stored { format: FORMAT, state, last };
+        let devices = departed.iter().filter_map(|departed| departed.device.as_deref());
+        let late: Vec<BorrowedFd<'_>> = devices.filter_map(Device::sending_fd).collect();
+        // With the devices this closes them: they are in the store, unless that failed.
+        deposit.complete(&serde_json::to_vec(&stored)?, &late)
+    }
+
+    /// All that another process needs, in the order the format says.
+    fn possessions(&self) -> (State, Vec<BorrowedFd<'_>>) {
         let mut descriptors: Vec<BorrowedFd<'_>> =
             self.server.listeners().map(|(_, fd)| fd).collect();
         descriptors.push(self.claim.as_fd());
@@ -95,8 +139,9 @@ impl Daemon {
             device: uplink,
             ports,
             listeners: self.server.listeners().map(|(place, _)| place).collect(),
+            abilities: Some(self.abilities),
         };
-        takeover::offer(stream, &state, &descriptors)
+        (state, descriptors)
     }
 
     /// Stops the worker where it is.
@@ -128,38 +173,57 @@ impl Daemon {
     /// those of its state, in its order. `descriptors` are its devices'.
     ///
     /// # Errors
-    /// [`StartError`]; the other process goes on.
+    /// [`StartError`] if the other process still runs: it goes on. If it has ended, what
+    /// cannot be taken over is left for a start without it.
     fn adopt_devices(
         &mut self,
-        state: &mut State,
+        take: &mut TakeOver,
         mut descriptors: VecDeque<OwnedFd>,
     ) -> Result<Adopted, StartError> {
         let mut adopted = Adopted::default();
         let missing = || StartError::Control(io::ErrorKind::InvalidData.into());
-        if let Some((DeviceState { index, slots }, found)) = state.device.take() {
+        let strict = take.is_from_process();
+        if let Some((DeviceState { index, slots }, found)) = take.state.device.take() {
             let socket = descriptors.pop_front().ok_or_else(missing)?;
             let index = index.ok_or_else(missing)?;
-            let device = adopt(&self.name, index, socket, slots)?;
-            let counter = device.kernel_counter()?;
-            self.uplink.slots = slots;
-            self.uplink.attached = Some((index, counter, found));
-            adopted.uplink = Some(device);
+            match adopt(&self.name, index, socket, slots) {
+                Ok(device) => {
+                    let counter = device.kernel_counter()?;
+                    self.uplink.slots = slots;
+                    self.uplink.attached = Some((index, counter, found));
+                    adopted.uplink = Some(device);
+                }
+                Err(error) if strict => return Err(error),
+                Err(error) => {
+                    warn!("{error}: starting without its ring");
+                    self.host.remember(Vec::new(), Some(found));
+                }
+            }
         }
-        for (position, port) in state.ports.iter_mut().enumerate() {
+        for (position, port) in take.state.ports.iter_mut().enumerate() {
             let Some(DeviceState { index, slots }) = port.device.take() else { continue };
             let socket = descriptors.pop_front().ok_or_else(missing)?;
             let name = self.ports.get(position).map(|port| port.config.device.clone());
             let name = name.unwrap_or_default();
-            let (device, queue) = match index {
-                Some(index) => (adopt(&name, index, socket, slots)?, None),
-                None => {
-                    let queue = socket.try_clone()?;
-                    (Device::Internal(InternalPort::new(socket)), Some(queue))
+            let found = port.found.take();
+            let device = match index {
+                Some(index) => adopt(&name, index, socket, slots).map(|device| (device, None)),
+                None => socket
+                    .try_clone()
+                    .map(|queue| (Device::Internal(InternalPort::new(socket)), Some(queue)))
+                    .map_err(StartError::from),
+            };
+            let (device, queue) = match device {
+                Ok(device) => device,
+                Err(error) if strict => return Err(error),
+                Err(error) => {
+                    warn!("{error}: starting without its ring");
+                    self.host.remember(found.into_iter().collect(), None);
+                    continue;
                 }
             };
             let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
             if let Some(place) = self.ports.get_mut(position) {
-                let found = port.found.take();
                 place.attached = Some(Attached { index, counter: None, queue, slots, found });
             }
             adopted.ports.push(Opened::adopted(position, link, device)?);
@@ -178,8 +242,7 @@ impl Daemon {
         mut take: TakeOver,
         descriptors: VecDeque<OwnedFd>,
     ) -> Result<(), StartError> {
-        let Adopted { uplink, ports: mut opened } =
-            self.adopt_devices(&mut take.state, descriptors)?;
+        let Adopted { uplink, ports: mut opened } = self.adopt_devices(&mut take, descriptors)?;
         let Last { stopped, next, from_wire, ports, removed } = take.finish()?;
         // Not sooner: the other process changes what its own filter claims, and goes on if
         // this one fails. Both claim the same now.
@@ -217,6 +280,8 @@ impl Daemon {
 pub struct Inheritance {
     /// The configuration to begin with: that of the other process, if there is one.
     pub config: Config,
+    /// The configuration to become afterwards, if it is not that one.
+    pub wanted: Option<Config>,
     /// The hand-over, to be finished.
     pub take: Option<TakeOver>,
     /// Listening sockets, by place.
@@ -225,37 +290,77 @@ pub struct Inheritance {
     pub claim: Option<OwnedFd>,
     /// Devices.
     pub descriptors: VecDeque<OwnedFd>,
+    /// Whether the service manager is closing, in its own time, what was of no use.
+    pub closing: bool,
 }
 
 impl Inheritance {
-    /// Asks for a hand-over if the configuration says so. Returns the configuration to
-    /// become afterwards, if it is not the one to begin with.
+    /// Goes on with what the process before has left in the service manager's store; asks
+    /// for a hand-over if there is none and the configuration says so.
     ///
     /// # Errors
     /// [`StartError`]; the other process goes on.
-    pub fn ask(config: Config) -> Result<(Option<Config>, Self), StartError> {
-        let (listeners, descriptors) = (HashMap::new(), VecDeque::new());
+    pub fn ask(config: Config, legacy: &mut Legacy) -> Result<Self, StartError> {
+        let mut closing = false;
+        if !legacy.is_empty() {
+            let left = legacy.open(&config.uplink).and_then(|take| Self::of(&config, take));
+            match left {
+                Ok(inheritance) => return Ok(inheritance),
+                Err(why) => {
+                    warn!(
+                        "what the vlanswitchd before has left in the service manager's store \
+                         cannot be used: {why}: starting without it; frames in between are lost, \
+                         and counters start again"
+                    );
+                    legacy.discard();
+                    closing = true;
+                }
+            }
+        }
         let take = match config.control.path() {
             Some(socket) if config.is_takeover() => TakeOver::ask(socket, &config.uplink)?,
             _ => None,
         };
-        let Some(mut take) = take else {
-            return Ok((None, Self { config, take: None, listeners, claim: None, descriptors }));
-        };
-        let invalid =
-            |error: String| StartError::Control(io::Error::new(io::ErrorKind::InvalidData, error));
+        match take {
+            Some(take) => Self::of(&config, take).map_err(|error| {
+                StartError::Control(io::Error::new(io::ErrorKind::InvalidData, error))
+            }),
+            None => Ok(Self {
+                config,
+                wanted: None,
+                take: None,
+                listeners: HashMap::new(),
+                claim: None,
+                descriptors: VecDeque::new(),
+                closing,
+            }),
+        }
+    }
+
+    fn of(config: &Config, mut take: TakeOver) -> Result<Self, String> {
         let mut ports = Vec::with_capacity(take.state.ports.len());
         for port in &take.state.ports {
             let parsed = mapping::parse(&port.map, PLAIN_TPID);
-            ports.push(parsed.map_err(|problem| invalid(problem.to_string()))?);
+            ports.push(parsed.map_err(|problem| problem.to_string())?);
         }
-        let first = config.with_ports(ports).map_err(|errors| invalid(errors.to_string()))?;
+        let first = config.with_ports(ports).map_err(|errors| errors.to_string())?;
         let mut descriptors = VecDeque::from(std::mem::take(&mut take.descriptors));
-        let places = std::mem::take(&mut take.state.listeners).into_iter();
-        let listeners =
-            places.filter_map(|place| Some((place, descriptors.pop_front()?))).collect();
-        let claim = descriptors.pop_front();
-        Ok((Some(config), Self { config: first, take: Some(take), listeners, claim, descriptors }))
+        let mut listeners = HashMap::new();
+        for place in std::mem::take(&mut take.state.listeners) {
+            let socket = descriptors.pop_front();
+            let socket = socket.filter(|socket| getsockopt(socket, AcceptConn) == Ok(true));
+            listeners.insert(place.clone(), socket.ok_or(format!("{place} is no socket"))?);
+        }
+        let claim = descriptors.pop_front().filter(|claim| is_claim(claim, &config.uplink));
+        Ok(Self {
+            config: first,
+            wanted: Some(config.clone()),
+            take: Some(take),
+            listeners,
+            claim: Some(claim.ok_or("the claim to the uplink is not among it")?),
+            descriptors,
+            closing: false,
+        })
     }
 }
 

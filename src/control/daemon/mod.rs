@@ -13,6 +13,7 @@ mod examine;
 mod follow;
 mod handing;
 mod heartbeat;
+mod leftovers;
 mod ports;
 mod stuck;
 mod watch;
@@ -22,12 +23,17 @@ use crate::control::config::{Config, LogFormat, Metrics, SandboxMode};
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
 use crate::control::privileges::Confined;
+use crate::control::probe::{self, Probe};
+use crate::control::record::Record;
 use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
 use crate::control::start_error::StartError;
-use crate::control::{checks, privileges, probe};
+use crate::control::store::{Legacy, Store};
+use crate::control::{checks, privileges};
 use crate::dataplane::{Abilities, Command, Notice, UplinkShared, Worker, WorkerHandle};
 use crate::sys::bpf::UplinkFilter;
 use crate::sys::packet::KernelCounter;
+pub use leftovers::give_back;
+
 use capturing::Captures;
 use change::Claims;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -39,6 +45,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{UnixAddr, getsockname};
 use ports::Ports;
 use std::collections::HashMap;
 use std::io;
@@ -60,6 +67,8 @@ const SERVER: usize = 3;
 const CALLS_PER_TURN: usize = 16;
 /// Between two seals moved: each holds the kernel's device lock for a while.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
+/// How long a service manager may take to close what was in its store.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 struct Uplink {
@@ -113,6 +122,10 @@ pub struct Daemon {
     overruns_seen: u64,
     /// Another process has gone on in our place.
     handed_over: bool,
+    /// Where everything can be left for the next process.
+    store: Option<Store>,
+    /// What to put back, for who comes after us if we cannot.
+    record: Record,
 }
 
 impl Daemon {
@@ -121,18 +134,25 @@ impl Daemon {
     /// # Errors
     /// [`StartError`]; everything is then as it was before.
     pub fn start(config: Config) -> Result<Self, StartError> {
+        // Before anything is opened.
+        let mut legacy = Legacy::take();
         privileges::check()?;
         checks::file_limit(config.ports.len())?;
         let signals = block_signals()?;
         let monitor = LinkMonitor::new()?;
         checks::devices(&config, monitor.links())?;
-        let probe = probe::start();
         let poll = Poll::new()?;
         let examinations = Examinations::new(&poll, EXAMINED)?;
-        let (wanted, inherited) = Inheritance::ask(config)?;
-        let Inheritance { config, take, listeners, claim, descriptors } = inherited;
-        let claim = claim.map_or_else(|| claim_uplink(&config.uplink).map(OwnedFd::from), Ok)?;
-        let server = listen(&config, &poll, listeners)?;
+        let inherited = Inheritance::ask(config, &mut legacy)?;
+        let Inheritance { config, wanted, take, listeners, claim, descriptors, closing } =
+            inherited;
+        let known = take.as_ref().and_then(|take| take.state.abilities);
+        let probe = known.is_none().then(probe::start);
+        let claim = match claim {
+            Some(claim) => claim,
+            None => once_free(closing, || claim_uplink(&config.uplink))?.into(),
+        };
+        let server = listen(&config, &poll, listeners, closing)?;
         let filter = UplinkFilter::new()?;
         for (tpid, vid) in config.table.claims() {
             filter.claim(tpid.index(), vid.get(), true)?;
@@ -144,7 +164,7 @@ impl Daemon {
         let shared = Arc::<UplinkShared>::default();
         let watched = Watched::default();
         let ports = Ports::new(config.ports.clone());
-        let abilities = probe.finish();
+        let abilities = known.or_else(|| probe.map(Probe::finish)).unwrap_or_default();
         let (worker, commands, notices) = Worker::new(
             Arc::new(config.table.clone()),
             Arc::clone(&shared),
@@ -153,6 +173,8 @@ impl Daemon {
             config.poll,
         )?;
         let sandbox = config.sandbox;
+        let store = Store::of_environment(config.is_fd_store());
+        let record = Record::beside(config.control.path());
         let mut daemon = Self {
             name: config.uplink.clone(),
             config,
@@ -181,10 +203,14 @@ impl Daemon {
             left_out: Vec::new(),
             overruns_seen: 0,
             handed_over: false,
+            store,
+            record,
         };
-        if let Some(take) = take {
-            daemon.go_on(take, descriptors)?;
+        match take {
+            Some(take) => daemon.go_on(take, descriptors)?,
+            None => daemon.learn_from_record(),
         }
+        legacy.remove();
         match daemon.attach_all() {
             Ok(()) => {}
             Err(error) => {
@@ -193,6 +219,7 @@ impl Daemon {
                 return Err(error);
             }
         }
+        daemon.host.give_back_remembered();
         if let Some(wanted) = wanted {
             // The other process has ended: better its ports than none.
             if let Err(error) = daemon.become_config(wanted) {
@@ -202,6 +229,7 @@ impl Daemon {
                 );
             }
         }
+        daemon.keep_record();
         daemon.confined = Some(daemon.confine()?);
         Ok(daemon)
     }
@@ -256,7 +284,16 @@ impl Daemon {
             self.captures.finish(deadline);
             return result;
         }
+        if result.is_ok() && self.store.is_some() {
+            // Before, not meanwhile: their readers may be slow, and frames would wait.
+            self.captures.finish(deadline);
+            if self.leave_in_store() {
+                self.server.leave_files();
+                return result;
+            }
+        }
         self.stop();
+        self.record.remove();
         self.captures.finish(deadline);
         show(&self.report());
         result
@@ -289,6 +326,7 @@ impl Daemon {
                 self.attach_left_out();
                 self.end_captures();
                 self.host.restore_queueing();
+                self.keep_record();
                 next_tick = now + TICK;
             }
             if events.is_empty()
@@ -376,30 +414,63 @@ fn listen(
     config: &Config,
     poll: &Poll,
     mut inherited: HashMap<String, OwnedFd>,
+    closing: bool,
 ) -> Result<Server, StartError> {
     let mut listeners = Vec::new();
     if let Some(path) = config.control.path() {
-        match bind_control(path, &mut inherited) {
+        match once_free(closing, || Ok(bind_control(path, &mut inherited)?)) {
             Ok(listener) => listeners.push(listener),
             // Nobody asked for it: the switch can do without.
             Err(error) if !config.control_is_given() => {
                 warn!("no control socket: {error}");
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         }
     }
-    match &config.metrics {
-        Metrics::Off => {}
-        Metrics::Tcp(address) => listeners.push(bind_metrics_tcp(*address, &mut inherited)?),
-        Metrics::Unix(path) => listeners.push(bind_metrics_unix(path, &mut inherited)?),
-    }
+    let metrics = once_free(closing, || {
+        Ok(match &config.metrics {
+            Metrics::Off => None,
+            Metrics::Tcp(address) => Some(bind_metrics_tcp(*address, &mut inherited)?),
+            Metrics::Unix(path) => Some(bind_metrics_unix(path, &mut inherited)?),
+        })
+    })?;
+    listeners.extend(metrics);
     Ok(Server::new(listeners, poll.registry(), SERVER)?)
+}
+
+/// Tries again for a while if a service manager may be about to close what is in the way.
+fn once_free<T>(
+    closing: bool,
+    mut action: impl FnMut() -> Result<T, StartError>,
+) -> Result<T, StartError> {
+    let deadline = Instant::now() + CLOSING_PATIENCE;
+    loop {
+        match action() {
+            Err(StartError::UplinkTaken(_) | StartError::Socket(_))
+                if closing && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether a descriptor is what [`claim_uplink`] makes.
+fn is_claim(claim: &OwnedFd, uplink: &str) -> bool {
+    let address = getsockname::<UnixAddr>(claim.as_raw_fd()).ok();
+    let name = address.as_ref().and_then(UnixAddr::as_abstract);
+    name.is_some_and(|name| name == claim_name(uplink).as_bytes())
+}
+
+fn claim_name(uplink: &str) -> String {
+    format!("vlanswitchd/{uplink}")
 }
 
 /// Keeps a second vlanswitchd off the uplink: each frame would arrive twice. The
 /// name is one of this network namespace, like the uplink's, and goes with us.
 fn claim_uplink(uplink: &str) -> Result<UnixListener, StartError> {
-    let address = SocketAddr::from_abstract_name(format!("vlanswitchd/{uplink}"))?;
+    let address = SocketAddr::from_abstract_name(claim_name(uplink))?;
     UnixListener::bind_addr(&address).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => StartError::UplinkTaken(uplink.to_owned()),
         _ => StartError::Control(error),

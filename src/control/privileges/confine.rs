@@ -10,7 +10,7 @@ use super::{RUNNING, keep_only};
 use crate::control::accounts;
 use crate::control::capture;
 use crate::control::config::{Config, Metrics, SandboxMode, persist};
-use crate::control::{links, server};
+use crate::control::{links, server, store};
 use crate::port::INTERNAL_CALLS;
 use crate::sys::sandbox::{
     Call, Extent, Filter, RUNTIME, Restricted, SandboxError, THREADS, Use, Verdict, restrict_files,
@@ -78,6 +78,7 @@ pub fn control_calls() -> impl Iterator<Item = Call> {
         server::CALLS,
         capture::CALLS,
         persist::CALLS,
+        store::CALLS,
     ];
     lists.into_iter().flatten().copied()
 }
@@ -180,9 +181,9 @@ fn places(config: &Config) -> Vec<(PathBuf, Use)> {
         Metrics::Unix(path) => Some(path.as_path()),
         Metrics::Off | Metrics::Tcp(_) => None,
     };
-    for socket in [config.control.path(), metrics].into_iter().flatten() {
-        places.extend(folder_of(socket).map(|folder| (folder, Use::Remove)));
-    }
+    // The socket is removed at the end; beside it stands the record of devices found.
+    places.extend(config.control.path().and_then(folder_of).map(|folder| (folder, Use::Replace)));
+    places.extend(metrics.and_then(folder_of).map(|folder| (folder, Use::Remove)));
     places
 }
 

@@ -1,0 +1,138 @@
+//! What a switch has changed on devices it found, written down for a time when it cannot
+//! put it back itself.
+//!
+//! # Theory of operation
+//!
+//! A file beside the control socket (`/run/vlanswitchd/control.found`) says what the
+//! devices were like, from the start on and within a second of each change. Who stops in
+//! order puts them back and removes the file. If it is there at a start, the process before
+//! was killed, or has left everything to a service manager that did not keep it: the
+//! devices are still sealed, so what they are like now is not what to put back one day.
+//! That the file is there also says that counters start again.
+//!
+//! Devices belong to it only as long as their seal is there and the host has not been
+//! started anew: indexes begin again.
+
+use crate::control::host::{FoundPort, FoundUplink};
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use tempfile::Builder;
+use tracing::warn;
+
+/// Tells one start of the host from another (Documentation/admin-guide/sysctl/kernel.rst).
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What devices were like.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Found {
+    /// The start of the host this is of.
+    #[serde(default)]
+    boot: String,
+    /// The process that wrote it.
+    #[serde(default)]
+    pub pid: u32,
+    /// The uplink.
+    #[serde(default)]
+    pub uplink: Option<FoundUplink>,
+    /// The ports that were not created.
+    #[serde(default)]
+    pub ports: Vec<FoundPort>,
+}
+
+/// The file.
+#[derive(Debug, Default)]
+pub struct Record {
+    /// None without a control socket.
+    path: Option<PathBuf>,
+    boot: String,
+    /// What was written last.
+    written: String,
+    /// It cannot be written, which was said.
+    failed: bool,
+}
+
+impl Record {
+    /// The record that goes with a control socket. To be called before files are out of
+    /// reach.
+    pub fn beside(control: Option<&Path>) -> Self {
+        let path = control.map(|control| {
+            let mut path = OsString::from(control);
+            path.push(".found");
+            PathBuf::from(path)
+        });
+        let boot = fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
+        Self { path, boot, ..Self::default() }
+    }
+
+    /// What a process has left that did not stop in order.
+    pub fn read(&self) -> Option<Found> {
+        let path = self.path.as_deref()?;
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                warn!(
+                    "{}: {error}: devices stay as the vlanswitchd before left them",
+                    path.display()
+                );
+                return None;
+            }
+        };
+        match serde_json::from_slice::<Found>(&text) {
+            Ok(found) => (found.boot == self.boot).then_some(found),
+            Err(error) => {
+                warn!(
+                    "{}: {error}: devices stay as the vlanswitchd before left them",
+                    path.display()
+                );
+                Some(Found::default())
+            }
+        }
+    }
+
+    /// Writes it, if it is not what was written last: whole or not at all.
+    pub fn write(&mut self, uplink: Option<&FoundUplink>, ports: Vec<FoundPort>) {
+        let Some(path) = &self.path else { return };
+        let (boot, pid) = (self.boot.clone(), std::process::id());
+        let found = Found { boot, pid, uplink: uplink.cloned(), ports };
+        let Ok(text) = serde_json::to_string(&found) else { return };
+        if text == self.written {
+            return;
+        }
+        match replace(path, text.as_bytes()) {
+            Ok(()) => {
+                self.written = text;
+                self.failed = false;
+            }
+            Err(error) if !self.failed => {
+                warn!(
+                    "{}: {error}: if vlanswitchd is killed, devices it found cannot be put back",
+                    path.display()
+                );
+                self.failed = true;
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Removes it: all is put back.
+    pub fn remove(&self) {
+        if let Some(path) = &self.path
+            && let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            warn!("{}: {error}", path.display());
+        }
+    }
+}
+
+fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let mut file = Builder::new().tempfile_in(folder.unwrap_or(Path::new(".")))?;
+    file.write_all(text)?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
