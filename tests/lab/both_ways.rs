@@ -2,13 +2,15 @@
 //! order, while something happens to the switch.
 
 use super::frames::{Frame, TagBytes};
-use super::{Lab, RawGuest};
+use super::{Daemon, Lab, RawGuest, eventually};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Frames on their way at most, each way: no queue is the reason for a loss, and rings
 /// hold them while nobody forwards.
 pub const WINDOW: u64 = 500;
+/// Slots of a port's ring, the smaller one.
+const RING: u64 = 2048;
 /// After which silence nothing more is expected.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -24,6 +26,44 @@ impl Arrived {
     pub fn now(&self) -> [u64; 2] {
         [self.down.load(Ordering::Relaxed), self.up.load(Ordering::Relaxed)]
     }
+}
+
+impl Arrived {
+    /// Waits until frames flow on both ways.
+    pub fn flows(&self) {
+        let before = self.now();
+        eventually("frames flow on both ways", || {
+            let now = self.now();
+            (now[0] > before[0] && now[1] > before[1]).then_some(())
+        });
+    }
+}
+
+/// Microseconds frames had to wait, as the daemon that goes on says.
+pub fn gap(daemon: &Daemon) -> u64 {
+    let line = eventually("it says that it has taken over", || {
+        daemon.stderr().into_iter().find(|line| line.contains("frames waited for"))
+    });
+    let words = line.split("frames waited for ").nth(1).unwrap();
+    words.split(' ').next().unwrap().parse().unwrap()
+}
+
+/// Shows how long frames had to wait, beside how long the ring of a port holds them.
+pub fn print_gaps(mut gaps: Vec<u64>, sent: [u64; 2], rate: f64) {
+    gaps.sort_unstable();
+    let share = |share: f64| gaps[((gaps.len() - 1) as f64 * share).ceil() as usize];
+    let way = |number: usize| rate * sent[number] as f64 / (sent[0] + sent[1]) as f64;
+    println!(
+        "{} restarts at {:.0} and {:.0} frames a second: gap in us: median {}, p99 {}, longest {}; \
+         a port's ring holds {:.0} us of 100000 frames a second",
+        gaps.len(),
+        way(0),
+        way(1),
+        share(0.5),
+        share(0.99),
+        share(1.0),
+        RING as f64 * 1e6 / 100_000.0
+    );
 }
 
 /// Sends as fast as frames arrive while `meanwhile` runs; the guest's frames bear `tag`

@@ -5,7 +5,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -84,13 +84,18 @@ impl Daemon {
         program: &str,
         arguments: &[&str],
     ) -> Self {
-        let started = Instant::now();
         let mut command = namespace.command_through(wrapper, program);
         command.args(arguments);
         // Namespaces share the file system: each would find the usual socket taken.
         if !arguments.contains(&"--control") {
             command.args(["--control", "none"]);
         }
+        Self::start_command(command)
+    }
+
+    /// Starts it by this command and waits for its `forwarding:` line.
+    pub fn start_command(mut command: Command) -> Self {
+        let started = Instant::now();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the daemon starts");
         let stdout = Lines::of(child.stdout.take().unwrap());

@@ -5,12 +5,17 @@
 
 #![allow(unsafe_code, reason = "setsockopt, ioctl, recvmsg and mmap with kernel structures")]
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socket,
+};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSliceMut, Read, Write};
 use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
@@ -348,4 +353,47 @@ impl Drop for Ring {
         // SAFETY: `memory` is the whole mapping made in `new`, and no reference to it exists.
         unsafe { libc::munmap(self.memory.cast(), self.slot_size * self.slots) };
     }
+}
+
+/// A message to a service manager: its text, its descriptors, and who sent it.
+pub fn receive_notification(socket: &UnixDatagram) -> io::Result<(String, Vec<OwnedFd>, i32)> {
+    let mut bytes = [0; 4096];
+    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let mut space = nix::cmsg_space!([RawFd; 253], libc::ucred);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+    let (mut descriptors, mut sender) = (Vec::new(), 0);
+    for control in message.cmsgs()? {
+        match control {
+            ControlMessageOwned::ScmRights(fds) => {
+                // SAFETY: the kernel has just opened these for us; each is taken once.
+                descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+            ControlMessageOwned::ScmCredentials(credentials) => sender = credentials.pid(),
+            _ => {}
+        }
+    }
+    let length = message.bytes;
+    Ok((String::from_utf8_lossy(&bytes[..length]).into_owned(), descriptors, sender))
+}
+
+/// Has a command start with these descriptors as 3, 4, ...
+pub fn give_descriptors(command: &mut Command, descriptors: &[OwnedFd]) {
+    // Copies out of the way of the numbers they are to have.
+    let copy = |fd: &OwnedFd| {
+        let high = nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(500);
+        let fd = nix::fcntl::fcntl(fd, high).unwrap();
+        // SAFETY: fcntl has just made it, and nobody else knows the number.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    };
+    let copies: Vec<OwnedFd> = descriptors.iter().map(copy).collect();
+    let body = move || {
+        for (number, fd) in copies.iter().enumerate() {
+            // SAFETY: only numbers; what has this one in the child is not used by it.
+            check(unsafe { libc::dup2(fd.as_raw_fd(), 3 + number as i32) })?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec it calls dup2 only, which is async-signal-safe.
+    unsafe { command.pre_exec(body) };
 }
