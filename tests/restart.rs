@@ -14,10 +14,14 @@ mod lab;
 
 use lab::both_ways::{both_ways, gap, print_gaps};
 use lab::frames::{Frame, TagBytes, tag};
-use lab::{Daemon, Failure, Lab, Manager, assert_same, eventually};
+use lab::raw::Held;
+use lab::{Daemon, Lab, Manager, Wire, assert_same, eventually};
 use nix::sys::signal::Signal;
 use std::fs::File;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{Request, StatusReply};
 use vlanswitchd::control::client::Client;
@@ -239,14 +243,10 @@ fn a_device_that_is_another_now_costs_the_others_nothing() {
 fn a_store_too_small_is_told_and_everything_is_put_back() {
     let (lab, place) = (Lab::new(), Place::new());
     let mut manager = Manager::new();
+    lab.host.ip("tuntap add found0 mode tap");
     let before = lab.host.snapshot();
     let control = place.control();
-    lab.host.ip("tuntap add found0 mode tap");
     let arguments = place.arguments(&control, &["--map", "101=found0"]);
-    let before = {
-        drop(before);
-        lab.host.snapshot()
-    };
     for (room, told) in [(Some(3), true), (Some(0), false), (None, false)] {
         manager.room = room;
         let lines = stopped(manager.start(&lab, &arguments));
@@ -259,4 +259,119 @@ fn a_store_too_small_is_told_and_everything_is_put_back() {
     let daemon = manager.start(&lab, &[&arguments[..], &["--fd-store"]].concat());
     stopped(daemon);
     assert!(manager.stored().contains(&"vlanswitchd-state".to_owned()));
+}
+
+const ETH_P_IP: u16 = 0x0800;
+
+/// Killed under traffic: the VM keeps its tap, the host still does not hear it, and the next
+/// start forwards, says what was lost, and puts back in the end what the first one found.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_killed_switch_leaves_vms_attached_and_sealed() {
+    let (lab, place) = (Lab::new(), Place::new());
+    lab.host.ip("tuntap add found0 mode tap");
+    let control = place.control();
+    let guests = [lab.raw_guest("t0"), lab.raw_guest("found0")];
+    let settings = || {
+        let link = lab.host.link("found0").unwrap();
+        ["mtu", "qdisc", "flags"].map(|key| link[key].to_string())
+    };
+    let before = settings();
+    for sandbox in ["on", "off"] {
+        let maps = ["--map", "101=t0", "--map", "102=found0", "--sandbox", sandbox];
+        let arguments = place.arguments(&control, &maps);
+        let mut daemon = lab.daemon(&arguments);
+        daemon.attached(&["t0", "found0"]);
+        let for_the_host = lab::ip::udp(lab::ip::Version::V4, b"for the host?").reversed();
+        let for_the_host = for_the_host.to([0xff; 6]);
+        let stack = ["t0", "found0"].map(|tap| Wire::with_protocol(&lab.host, tap, ETH_P_IP));
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for guest in &guests {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        guest.send(&for_the_host);
+                    }
+                });
+            }
+            daemon.until("frames flow", |now| now.to_wire.out_frames > 1000);
+            daemon.signal(Signal::SIGKILL);
+            eventually("it is dead", || daemon.ended());
+            stop.store(true, Ordering::Relaxed);
+        });
+        // Its fd takes frames, and the device has its carrier.
+        for (tap, guest) in ["t0", "found0"].into_iter().zip(&guests) {
+            let before = lab.host.counter(tap, "rx_packets");
+            guest.send(&for_the_host);
+            assert_eq!(lab.host.counter(tap, "rx_packets"), before + 1, "{tap}");
+            let flags = lab.host.link(tap).unwrap()["flags"].to_string();
+            assert!(flags.contains("LOWER_UP"), "{tap}: {flags}");
+        }
+        let heard = stack.map(|stack| std::iter::from_fn(|| stack.try_receive()).count());
+        assert_eq!(heard, [0, 0], "the host hears its guests");
+        assert!(place.files().contains(&"control.found".to_owned()));
+        let next = lab.daemon(&arguments);
+        println!("--sandbox {sandbox}: forwarding {:?} after the start", next.started_in);
+        says(&next, "counters start again");
+        next.attached(&["t0", "found0"]);
+        for guest in &guests {
+            guest.clear();
+        }
+        forwards(&lab, &guests[0], 7);
+        assert_eq!(next.summary().port("t0").to_guest.out_frames, 1);
+        stopped(next);
+        assert_eq!(settings(), before);
+        assert!(place.files().is_empty(), "{:?}", place.files());
+    }
+}
+
+/// A worker that does not go on: it is told within two seconds, and the manager hears nothing
+/// until it does.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_stuck_worker_is_told_and_the_manager_hears_nothing() {
+    let (lab, place) = (Lab::new(), Place::new());
+    let mut manager = Manager::new();
+    let watchdog = Duration::from_secs(3);
+    manager.watchdog = Some(watchdog);
+    let control = place.control();
+    let arguments = place.arguments(&control, &["--map", "101=t0"]);
+    let daemon = manager.start(&lab, &arguments);
+    let status = || {
+        let mut client = Client::connect(Path::new(&control)).unwrap();
+        let reply = client.call(&Request::GetStatus {}).unwrap();
+        reply.read::<StatusReply>().unwrap().status
+    };
+    let shown = || {
+        let ctl = env!("CARGO_BIN_EXE_vlanswitchctl");
+        let told = Command::new(ctl).args(["--control", &control, "status"]).output().unwrap();
+        String::from_utf8(told.stdout).unwrap()
+    };
+    eventually("it is well", || (manager.count("WATCHDOG=1") > 0).then_some(()));
+    assert!(!status().workers[0].stuck);
+    let held = Held::hold(worker_of(&daemon));
+    let begin = Instant::now();
+    says(&daemon, "the worker does not answer: no frame is being forwarded");
+    println!("a stuck worker was noticed after {:?}", begin.elapsed());
+    assert!(status().workers[0].stuck);
+    let text = shown();
+    assert!(text.contains("worker 1 does not answer"), "{text}");
+    // systemd would have it restarted now.
+    eventually("the watchdog's time is over", || (manager.unpinged_for() > watchdog).then_some(()));
+    drop(held);
+    says(&daemon, "the worker answers again");
+    eventually("it is well again", || (manager.unpinged_for() < watchdog).then_some(()));
+    assert!(!status().workers[0].stuck);
+    let text = shown();
+    assert!(!text.contains("does not answer"), "{text}");
+}
+
+/// The id of the thread that moves frames.
+fn worker_of(daemon: &Daemon) -> i32 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.id())).unwrap();
+    let mut tasks = tasks.flatten().map(|task| task.path());
+    let named =
+        |path: &PathBuf| std::fs::read_to_string(path.join("comm")).unwrap().starts_with("worker");
+    let path = tasks.find(named).expect("a worker");
+    path.file_name().unwrap().to_str().unwrap().parse().unwrap()
 }

@@ -156,6 +156,10 @@ fn who_cannot_go_on_leaves_the_other_in_peace() {
         "101=t0",
     ]);
     assert!(refused.stderr.contains("up0"), "{}", refused.stderr);
+    // One that wants a format there is not.
+    let wanted = Request::HandOver { format: 99, uplink: "up0".to_owned() };
+    let refusal = place.client().call(&wanted).unwrap_err().to_string();
+    assert!(refusal.contains("OtherFormat"), "{refusal}");
     // One that is killed in the middle: it has asked and does not answer.
     {
         use std::io::Write;
@@ -178,18 +182,22 @@ fn who_cannot_go_on_leaves_the_other_in_peace() {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn another_format_ends_in_a_start_without_the_rings() {
-    use std::io::{Read, Write};
+    another_version("org.varlink.service.MethodNotFound");
+    another_version("org.vlanswitchd.OtherFormat");
+}
+
+fn another_version(answer: &str) {
+    use std::io::Read;
     let folder = TempDir::new().unwrap();
     let control = folder.path().join("control");
-    // Something that speaks varlink and knows no such method; SIGTERM ends it.
+    // Something that speaks varlink and answers so; SIGTERM ends it.
     let mut other = std::process::Command::new("python3")
-        .args(["-c", OTHER, control.to_str().unwrap()])
+        .args(["-c", OTHER, control.to_str().unwrap(), answer])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
     let mut line = [0; 6];
     other.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
-    std::io::stdout().flush().unwrap();
     let lab = Lab::new();
     let ending = std::thread::spawn(move || other.wait().unwrap());
     let daemon =
@@ -211,7 +219,7 @@ s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()
 print("ready", flush=True)
 c, _ = s.accept()
 call = json.loads(c.recv(4096).rstrip(b"\0"))
-c.sendall(json.dumps({"error": "org.varlink.service.MethodNotFound", "parameters": {"method": call["method"]}}).encode() + b"\0")
+c.sendall(json.dumps({"error": sys.argv[2], "parameters": {"method": call["method"], "format": 99}}).encode() + b"\0")
 c.recv(1); import time; time.sleep(60)
 "#;
 

@@ -141,10 +141,13 @@ pub struct Unmapped {
 }
 
 /// A thread that moves frames.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Worker {
     /// The share of the last second it was moving frames, 0 to 1.
     pub load: f64,
+    /// Whether it does not answer: no frame is moved.
+    #[serde(default)]
+    pub stuck: bool,
 }
 
 /// The switch as a whole.

@@ -593,7 +593,7 @@ mod tests {
             ports,
             removed: None,
             unmapped,
-            workers: vec![Worker { load: 0.5 }],
+            workers: vec![Worker { load: 0.5, ..Worker::default() }],
         };
         render(&status, &stats)
     }

@@ -80,6 +80,14 @@ pub enum StartError {
         /// The step and the kernel's answer.
         source: PacketError,
     },
+    /// A packet socket of another process is not what it is said to be.
+    #[error("{name}: cannot {source}")]
+    TakenOver {
+        /// The device.
+        name: String,
+        /// The step and the kernel's answer.
+        source: PacketError,
+    },
     /// No thread or descriptors.
     #[error(transparent)]
     Worker(#[from] WorkerError),

@@ -349,3 +349,77 @@ fn end(stream: &UnixStream) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+    use super::*;
+
+    /// As the version that brought the number wrote it: State and Last of a process with a
+    /// port of each kind.
+    const FIRST: &str = include_str!("../../tests/formats/1.json");
+
+    #[test]
+    fn what_the_first_version_wrote_is_read() {
+        let Stored { state, last, .. } = Stored::read(FIRST.as_bytes()).unwrap();
+        assert_eq!(state.uplink, "up0");
+        assert_eq!(state.listeners, ["control /run/vlanswitchd/control"]);
+        let maps: Vec<&str> = state.ports.iter().map(|port| port.map.as_str()).collect();
+        let expected =
+            ["101=t0", "102=found0,mode=access", "55=internal:leg0", "103=absent0,create=no"];
+        assert_eq!(maps, expected);
+        let devices = state.ports.iter().map(|port| port.device.clone());
+        let device = |index, slots| Some(DeviceState { index, slots });
+        let expected = [device(Some(5), 2048), device(Some(4), 2048), device(None, 0), None];
+        assert_eq!(devices.collect::<Vec<_>>(), expected);
+        assert!(state.ports[1].found.is_some() && state.ports[0].found.is_none());
+        // One listener, the claim, the uplink, three ports.
+        assert_eq!(state.descriptors(), 6);
+        assert_eq!(last.ports.len(), 4);
+        // Not known to it: found out anew.
+        assert_eq!(state.abilities, None);
+    }
+
+    #[test]
+    fn what_a_later_version_adds_is_passed_over() {
+        let mut value: serde_json::Value = serde_json::from_str(FIRST).unwrap();
+        for place in ["", "/state", "/state/ports/0", "/last"] {
+            let place = value.pointer_mut(place).unwrap().as_object_mut().unwrap();
+            place.insert("later".to_owned(), serde_json::json!({ "any": ["thing"] }));
+        }
+        assert!(Stored::read(&serde_json::to_vec(&value).unwrap()).is_ok());
+    }
+
+    /// What this version writes has all that the first one reads.
+    #[test]
+    fn nothing_the_first_version_reads_has_gone() {
+        let stored = Stored::read(FIRST.as_bytes()).unwrap();
+        let now = serde_json::to_value(&stored).unwrap();
+        let first: serde_json::Value = serde_json::from_str(FIRST).unwrap();
+        assert_eq!(lacking(&first, &now), [""; 0]);
+    }
+
+    fn lacking(one: &serde_json::Value, other: &serde_json::Value) -> Vec<String> {
+        match (one, other) {
+            (serde_json::Value::Object(one), serde_json::Value::Object(other)) => one
+                .iter()
+                .flat_map(|(key, value)| {
+                    let missing = || vec![key.clone()];
+                    other.get(key).map_or_else(missing, |there| lacking(value, there))
+                })
+                .collect(),
+            (serde_json::Value::Array(one), serde_json::Value::Array(other)) => {
+                one.iter().zip(other).flat_map(|(one, other)| lacking(one, other)).collect()
+            }
+            (one, other) if one == other => Vec::new(),
+            (one, other) => vec![format!("{one} is {other}")],
+        }
+    }
+
+    #[test]
+    fn another_number_is_not_read_at_all() {
+        let error = Stored::read(br#"{"format":99,"state":0}"#).unwrap_err();
+        assert_eq!(error, "it has format 99, and this version reads 1");
+        assert!(Stored::read(b"{}").unwrap_err().starts_with("it cannot be read: "));
+    }
+}

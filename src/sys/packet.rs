@@ -30,7 +30,7 @@ use crate::sys::sandbox::Call;
 use arrayvec::ArrayVec;
 use libc::{c_int, c_void, socklen_t};
 use nix::errno::Errno;
-use nix::sys::socket::{LinkAddr, MsgFlags, getsockname, recv};
+use nix::sys::socket::{MsgFlags, recv};
 use std::marker::PhantomData;
 use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -213,9 +213,8 @@ impl Receiver {
     /// # Errors
     /// [`PacketError`] if the descriptor has no such ring, or the device is another now.
     pub fn adopt(index: u32, socket: OwnedFd, slots: usize) -> Result<Self, PacketError> {
-        let bound =
-            getsockname::<LinkAddr>(socket.as_raw_fd()).map_err(at("take over a packet socket"))?;
-        if bound.ifindex() != index as usize {
+        let bound = bound_to(socket.as_fd()).map_err(at("take over a packet socket"))?;
+        if bound != index as c_int {
             return Err(at("take over a packet socket")(Errno::ENODEV));
         }
         if slots == 0 || !slots.is_multiple_of(BURST) {
@@ -684,6 +683,24 @@ fn bind(socket: BorrowedFd<'_>, index: u32, protocol: u16) -> Result<(), Errno> 
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// The index of the device a packet socket is bound to; -1 when that is gone.
+fn bound_to(socket: BorrowedFd<'_>) -> Result<c_int, Errno> {
+    // SAFETY: all-zero is a valid `sockaddr_ll`, which has integers only.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&address) as socklen_t;
+    // SAFETY: the address is valid for writes of the length given; the kernel writes no more,
+    // and whatever it writes is a valid value.
+    let result = unsafe {
+        libc::getsockname(socket.as_raw_fd(), (&raw mut address).cast(), &raw mut length)
+    };
+    Errno::result(result)?;
+    if address.sll_family == libc::AF_PACKET as u16 {
+        Ok(address.sll_ifindex)
+    } else {
+        Err(Errno::ENOTSOCK)
+    }
 }
 
 fn set<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &T) -> Result<(), Errno> {

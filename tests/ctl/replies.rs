@@ -69,7 +69,7 @@ pub fn stats(time: u64) -> Stats {
         ],
         removed: None,
         unmapped: vec![Unmapped { tpid: "0x8100".to_owned(), vid: 4000, frames: 9 }],
-        workers: vec![Worker { load: 0.34 }],
+        workers: vec![Worker { load: 0.34, ..Worker::default() }],
     }
 }
 
@@ -84,7 +84,7 @@ pub fn status() -> Status {
         ports: [("attached", 2), ("no_carrier", 1), ("down", 0)]
             .map(|(state, count)| (state.to_owned(), count))
             .into(),
-        workers: vec![Worker { load: 0.34 }],
+        workers: vec![Worker { load: 0.34, ..Worker::default() }],
         config_file: Some("/etc/vlanswitchd/vlanswitchd.toml".to_owned()),
         clients: 2,
         captures: 1,
@@ -186,7 +186,7 @@ pub fn largest_stats(time: u64) -> Stats {
     stats.uplink.to_wire = Sent { out_frames: u64::MAX, out_bytes: u64::MAX };
     stats.ports = vec![largest_port(), port("a", "1", "attached")];
     stats.unmapped = vec![Unmapped { tpid: "0x88a8".to_owned(), vid: 4094, frames: u64::MAX }];
-    stats.workers = vec![Worker { load: 1.0 }; 4];
+    stats.workers = vec![Worker { load: 1.0, ..Worker::default() }; 4];
     stats
 }
 
@@ -199,7 +199,7 @@ pub fn largest_status() -> Status {
         ports: ["absent", "attached", "down", "no_carrier"]
             .map(|state| (state.to_owned(), u64::MAX / 4))
             .into(),
-        workers: vec![Worker { load: 1.0 }; 64],
+        workers: vec![Worker { load: 1.0, ..Worker::default() }; 64],
         clients: u64::MAX,
         captures: u64::MAX,
         netlink_overruns: u64::MAX,

@@ -12,13 +12,14 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 #[derive(Default)]
 struct Known {
     store: Vec<(String, OwnedFd)>,
     messages: Vec<String>,
+    pinged: Option<Instant>,
     main: i32,
 }
 
@@ -103,6 +104,11 @@ impl Manager {
         known.messages.iter().filter(|message| message.lines().any(|one| one == line)).count()
     }
 
+    /// How long it has not heard `WATCHDOG=1`.
+    pub fn unpinged_for(&self) -> Duration {
+        self.known.lock().unwrap().pinged.map_or(Duration::MAX, |pinged| pinged.elapsed())
+    }
+
     /// The names in the store.
     pub fn stored(&self) -> Vec<String> {
         self.known.lock().unwrap().store.iter().map(|(name, _)| name.clone()).collect()
@@ -136,6 +142,9 @@ impl Known {
         let lines: Vec<&str> = text.lines().collect();
         let name = lines.iter().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("stored");
         assert!(name.len() < 256 && !name.contains(':'), "{name}");
+        if lines.contains(&"WATCHDOG=1") {
+            self.pinged = Some(Instant::now());
+        }
         if lines.contains(&"BARRIER=1") {
             assert_eq!((lines.len(), descriptors.len()), (1, 1), "a message of its own");
         } else if lines.contains(&"FDSTOREREMOVE=1") {

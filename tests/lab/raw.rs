@@ -397,3 +397,34 @@ pub fn give_descriptors(command: &mut Command, descriptors: &[OwnedFd]) {
     // SAFETY: between fork and exec it calls dup2 only, which is async-signal-safe.
     unsafe { command.pre_exec(body) };
 }
+
+/// A thread of another process, held where it is until this is dropped, by the same thread.
+pub struct Held(i32);
+
+impl Held {
+    /// Holds a thread, by its id.
+    pub fn hold(thread: i32) -> Self {
+        trace(libc::PTRACE_SEIZE, thread).unwrap();
+        let held = Self(thread);
+        trace(libc::PTRACE_INTERRUPT, thread).unwrap();
+        let mut status = 0;
+        // SAFETY: the kernel writes an int to where `status` is.
+        let waited = unsafe { libc::waitpid(thread, &raw mut status, libc::__WALL) };
+        assert_eq!(waited, thread, "{}", io::Error::last_os_error());
+        held
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = trace(libc::PTRACE_DETACH, self.0);
+    }
+}
+
+fn trace(request: libc::c_uint, thread: i32) -> io::Result<()> {
+    // SAFETY: these requests take no address.
+    if unsafe { libc::ptrace(request, thread, 0, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

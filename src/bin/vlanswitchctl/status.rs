@@ -40,6 +40,12 @@ fn describe(status: &Status, colours: bool) -> String {
     text.push_str(&format!(", {state}\n"));
     text.push_str(&fold("ports       ", &counted(ports, &states)));
     text.push_str(&fold("load        ", &format!("{} of the last second", loads.join(", "))));
+    for (number, _) in status.workers.iter().enumerate().filter(|(_, worker)| worker.stuck) {
+        text.push_str(&fold(
+            "stuck       ",
+            &format!("worker {} does not answer: no frame is being forwarded", number + 1),
+        ));
+    }
     text.push_str(&fold("datapath    ", &status.datapath));
     text.push_str(&fold("file        ", config));
     let (tagged, udp) = (answer(status.kernel_segments_tagged), answer(status.kernel_segments_udp));

@@ -264,7 +264,7 @@ impl Daemon {
     }
 
     fn workers(&self) -> Vec<api::Worker> {
-        vec![api::Worker { load: self.watched_worker.load }]
+        vec![api::Worker { load: self.watched_worker.load, stuck: self.heartbeat.is_stuck() }]
     }
 
     /// All counters.

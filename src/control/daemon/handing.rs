@@ -367,7 +367,7 @@ impl Inheritance {
 fn adopt(name: &str, index: u32, socket: OwnedFd, slots: usize) -> Result<Device, StartError> {
     NetdevPort::adopt(index, socket, slots)
         .map(Device::Netdev)
-        .map_err(|source| StartError::Packet { name: name.to_owned(), source })
+        .map_err(|source| StartError::TakenOver { name: name.to_owned(), source })
 }
 
 /// The TPID maps of a [`State`] go without.

@@ -49,6 +49,11 @@ impl Heartbeat {
         Self { interval, watched: watchdog.is_some(), asked: 0, asked_at: now, stuck: false }
     }
 
+    /// Whether a beat was not answered in time.
+    pub fn is_stuck(&self) -> bool {
+        self.stuck
+    }
+
     /// Looks at the number of beats a worker has answered in all.
     pub fn look(&mut self, answered: u64, now: Instant) -> Pulse {
         if answered >= self.asked {

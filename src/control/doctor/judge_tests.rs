@@ -80,7 +80,7 @@ fn healthy(map: &str) -> Facts {
         kernel_segments_udp: true,
         netlink_overruns: 0,
     };
-    let workers = vec![Worker { load: 0.2 }];
+    let workers = vec![Worker { load: 0.2, ..Worker::default() }];
     let stats =
         Stats { time: 0, uplink, ports: vec![port], removed: None, unmapped: vec![], workers };
     let tap = TapSettings {

@@ -63,7 +63,7 @@ fn stats(second: u64) -> Stats {
         ports,
         removed: None,
         unmapped: Vec::new(),
-        workers: vec![Worker { load: 0.34 }],
+        workers: vec![Worker { load: 0.34, ..Worker::default() }],
     }
 }
 
