@@ -344,7 +344,7 @@ fn a_stuck_worker_is_told_and_the_manager_hears_nothing() {
     };
     let shown = || {
         let ctl = env!("CARGO_BIN_EXE_vlanswitchctl");
-        let told = Command::new(ctl).args(["--control", &control, "status"]).output().unwrap();
+        let told = Command::new(ctl).args(["--socket", &control, "status"]).output().unwrap();
         String::from_utf8(told.stdout).unwrap()
     };
     eventually("it is well", || (manager.count("WATCHDOG=1") > 0).then_some(()));

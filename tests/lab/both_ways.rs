@@ -51,7 +51,7 @@ pub fn gap(daemon: &Daemon) -> u64 {
 /// Shows how long frames had to wait, beside how long the ring of a port holds them.
 pub fn print_gaps(mut gaps: Vec<u64>, sent: [u64; 2], rate: f64) {
     gaps.sort_unstable();
-    let share = |share: f64| gaps[((gaps.len() - 1) as f64 * share).ceil() as usize];
+    let share = |share: f64| gaps[(gaps.len() as f64 * share).ceil() as usize - 1];
     let way = |number: usize| rate * sent[number] as f64 / (sent[0] + sent[1]) as f64;
     println!(
         "{} restarts at {:.0} and {:.0} frames a second: gap in us: median {}, p99 {}, longest {}; \

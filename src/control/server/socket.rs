@@ -120,7 +120,10 @@ fn bind_unix(
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         fs::create_dir_all(folder).map_err(unusable)?;
     }
-    let socket = match inherited.remove(&place(option, &path.display())) {
+    let inherited = inherited.remove(&place(option, &path.display()));
+    // Without its file, which systemd removes with the folder of a service that stops, nobody
+    // finds it any more.
+    let socket = match inherited.filter(|_| path.exists()) {
         Some(socket) => UnixListener::from(socket),
         None => bind_anew(option, path, mode)?,
     };
