@@ -229,8 +229,8 @@ fn all_seals() -> SealFlag {
 fn read(state: OwnedFd) -> Result<Stored, String> {
     let mut file = File::from(state);
     // Not a file in memory has no seals either.
-    let seals = fcntl(&file, FcntlArg::F_GET_SEALS)
-        .map_or(SealFlag::empty(), |bits| SealFlag::from_bits_truncate(bits));
+    let seals =
+        fcntl(&file, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
     if !seals.contains(all_seals()) {
         return Err("the vlanswitchd before died while it left it".to_owned());
     }
