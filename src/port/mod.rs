@@ -157,7 +157,7 @@ impl Device {
     pub fn sending_fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Netdev(port) => Some(port.transmitter.as_fd()),
-            Self::Internal(_) | Self::Memory(_) => None,
+            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => None,
         }
     }
 

@@ -169,7 +169,7 @@ fn send(
         let expected = if call == libc::SYS_sendmmsg { flow.out_frames } else { 0 };
         while (arrived.len() as u64) < expected && Instant::now() < deadline {
             let mut burst = Burst::new();
-            far.receive(&mut copies, &mut burst);
+            far.receive(&mut copies, BURST, &mut burst);
             // A tag, if it has one, was taken out by the kernel.
             arrived.extend(burst.iter().map(|received| received.buffer.frame()[14]));
             drop(burst);
