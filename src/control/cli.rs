@@ -2,7 +2,7 @@
 //! file is in [`config`](super::config).
 
 use crate::control::config::file::{GUEST_MTU, GUEST_MTUS};
-use crate::control::config::{Control, Datapath, Metrics, SandboxMode};
+use crate::control::config::{Control, Datapath, Metrics, RingSize, SandboxMode};
 use crate::dataplane::PollMode;
 use clap::{ArgAction, Parser};
 use std::path::PathBuf;
@@ -61,6 +61,11 @@ pub struct Arguments {
     /// How to wait for frames [default: adaptive]
     #[arg(long, value_enum)]
     pub(super) poll: Option<PollMode>,
+
+    /// Memory of each port's receive ring, 128k to 64M; a smaller one loses more of a guest's
+    /// bursts [default: auto, 4M, less where there are more than 256 ports]
+    #[arg(long, value_name = "BYTES")]
+    pub(super) ring_size: Option<RingSize>,
 
     /// Raise the uplink's MTU so that guests can use this MTU behind the configured tags; put back at exit
     #[arg(long, value_name = "GUEST_MTU", num_args = 0..=1, require_equals = true,

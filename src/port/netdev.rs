@@ -7,9 +7,6 @@ use std::os::fd::OwnedFd;
 
 /// Slots in the uplink's ring: 8 MiB, a few milliseconds of small frames.
 const UPLINK_SLOTS: usize = 4096;
-/// Slots in a port's ring: 4 MiB. With half of it a flooding guest got a fifth less
-/// through than with twice as much (docs/performance.md).
-const PORT_SLOTS: usize = 2048;
 /// Super-frames waiting for the uplink's reader, bytes.
 const UPLINK_COPY_QUEUE: usize = 64 << 20;
 /// Super-frames waiting for a port's reader, bytes.
@@ -21,7 +18,10 @@ pub enum NetdevOptions<'f> {
     /// The uplink: promiscuous, and only frames the filter claims.
     Uplink(&'f UplinkFilter),
     /// A port: everything its guest sends.
-    Port,
+    Port {
+        /// Slots in its ring; a multiple of 64.
+        slots: usize,
+    },
 }
 
 /// A network device.
@@ -45,8 +45,8 @@ impl NetdevPort {
                 promiscuous: true,
                 filter: Some(filter),
             },
-            NetdevOptions::Port => ReceiverOptions {
-                slots: PORT_SLOTS,
+            NetdevOptions::Port { slots } => ReceiverOptions {
+                slots,
                 copy_queue: PORT_COPY_QUEUE,
                 promiscuous: false,
                 filter: None,

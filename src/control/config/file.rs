@@ -7,7 +7,7 @@
 //! line: the file has no grammar of its own beyond TOML's.
 
 use super::schema::{self, Kinds, PORT_TABLE, SECTIONS, SWITCH_TABLE, UPLINK_TABLE};
-use super::settings::{Control, Datapath, LogFormat, Metrics, SandboxMode, word};
+use super::settings::{Control, Datapath, LogFormat, Metrics, RingSize, SandboxMode, word};
 use crate::control::mapping::{Origin, PortSpec, one_line, parse_tpid};
 use crate::dataplane::PollMode;
 use crate::frame::Tpid;
@@ -59,6 +59,8 @@ pub struct FileConfig {
     pub datapath: Option<Datapath>,
     /// How to wait for frames.
     pub poll: Option<PollMode>,
+    /// Memory of a port's receive ring.
+    pub ring_size: Option<RingSize>,
     /// The control socket.
     pub control: Option<Control>,
     /// Where metrics are served.
@@ -250,6 +252,10 @@ impl Reader<'_> {
                 "set-mtu" => guest_mtu(&text).map(|mtu| config.set_mtu = mtu),
                 "datapath" => word(&text).map(|datapath| config.datapath = Some(datapath)),
                 "poll" => word(&text).map(|poll| config.poll = Some(poll)),
+                "ring-size" => text
+                    .parse()
+                    .map(|size| config.ring_size = Some(size))
+                    .map_err(|error| format!("{error}")),
                 "control" => text
                     .parse()
                     .map(|control| config.control = Some(control))

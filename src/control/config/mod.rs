@@ -25,7 +25,7 @@ pub mod show;
 #[cfg(test)]
 mod tests;
 
-pub use settings::{Control, Datapath, LogFormat, Metrics, SandboxMode};
+pub use settings::{Control, Datapath, LogFormat, Metrics, RingSize, SandboxMode};
 
 use crate::control::cli::Arguments;
 use crate::control::mapping::{self, MapError, MapProblem, PortConfig, PortSpec, Uplink};
@@ -56,6 +56,8 @@ pub struct Config {
     pub datapath: Datapath,
     /// How to wait for frames.
     pub poll: PollMode,
+    /// Memory of a port's receive ring.
+    pub ring_size: RingSize,
     /// Guest MTU to make room for on the uplink, if asked, in bytes.
     pub set_uplink_mtu: Option<u32>,
     /// The control socket.
@@ -248,6 +250,7 @@ impl Config {
                 tpid,
                 datapath: arguments.datapath.or(told.datapath).unwrap_or(Datapath::Auto),
                 poll: arguments.poll.or(told.poll).unwrap_or(PollMode::Adaptive),
+                ring_size: arguments.ring_size.or(told.ring_size).unwrap_or_default(),
                 set_uplink_mtu: arguments.set_uplink_mtu.or(told.set_mtu),
                 control: control.unwrap_or_default(),
                 metrics: arguments.metrics.clone().or(told.metrics).unwrap_or_default(),
@@ -293,6 +296,12 @@ impl Config {
                 "poll",
                 settings::name(&self.poll),
                 Some(settings::name(&PollMode::Adaptive)),
+            ),
+            fixed(
+                switch,
+                "ring-size",
+                self.ring_size.to_string(),
+                Some(RingSize::default().to_string()),
             ),
             fixed(
                 switch,

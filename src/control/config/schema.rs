@@ -48,6 +48,7 @@ const UPLINK_KEYS: &[Key] = &[
 const SWITCH_KEYS: &[Key] = &[
     key("datapath", TEXT, "\"auto\" or \"packet\""),
     key("poll", TEXT, "\"adaptive\", \"busy\" or \"sleep\""),
+    key("ring-size", NUMBER, "bytes in quotes, such as \"512k\" or \"4M\", or \"auto\""),
     key("control", TEXT, "a path in quotes, or \"none\""),
     key("metrics", NUMBER, "an address in quotes, such as \"127.0.0.1:9101\", a port, or \"none\""),
     key("user", NUMBER, "a user's name in quotes, or number"),

@@ -1,6 +1,7 @@
 //! The values of the switch's own settings, in the words users type.
 
 use crate::dataplane::PollMode;
+use crate::sys::packet::{BURST, SLOT_LEN};
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use std::fmt;
@@ -168,6 +169,83 @@ impl FromStr for Metrics {
     }
 }
 
+/// How much memory a port's receive ring takes (`--ring-size`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RingSize {
+    /// What there is for all ports, shared, and no more than a port has use for.
+    #[default]
+    Auto,
+    /// This many bytes, a multiple of [`RingSize::STEP`].
+    Bytes(u32),
+}
+
+impl RingSize {
+    /// The smallest ring, and what all are a multiple of, in bytes.
+    pub const STEP: u32 = (BURST * SLOT_LEN) as u32;
+    /// The largest, in bytes.
+    const MOST: u32 = 64 << 20;
+    /// What a port has use for, in bytes (docs/performance.md).
+    const AMPLE: u32 = 4 << 20;
+    /// The smallest that is chosen for a port unasked, in bytes.
+    const SPARE: u32 = 512 << 10;
+    /// What is shared unasked, in bytes.
+    const SHARED: usize = 1 << 30;
+
+    /// The ring of one of this many ports, in bytes.
+    pub fn bytes(self, ports: usize) -> u32 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Auto => {
+                let share = u32::try_from(Self::SHARED / ports.max(1)).unwrap_or(u32::MAX);
+                let share = share.clamp(Self::SPARE, Self::AMPLE);
+                share - share % Self::STEP
+            }
+        }
+    }
+
+    /// The same in slots.
+    pub fn slots(self, ports: usize) -> usize {
+        self.bytes(ports) as usize / SLOT_LEN
+    }
+}
+
+impl fmt::Display for RingSize {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => formatter.write_str("auto"),
+            Self::Bytes(bytes) if bytes.is_multiple_of(1 << 20) => {
+                write!(formatter, "{}M", bytes >> 20)
+            }
+            Self::Bytes(bytes) => write!(formatter, "{}k", bytes >> 10),
+        }
+    }
+}
+
+impl FromStr for RingSize {
+    type Err = BadSetting;
+
+    fn from_str(text: &str) -> Result<Self, BadSetting> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let (digits, shift) = match text.split_at_checked(text.len().saturating_sub(1)) {
+            Some((digits, "k")) => (digits, 10),
+            Some((digits, "M")) => (digits, 20),
+            _ => (text, 0),
+        };
+        // `parse` would take "+5".
+        let number = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok());
+        let bytes = number.flatten().and_then(|number: u32| number.checked_mul(1 << shift));
+        let bytes = bytes.filter(|bytes| (Self::STEP..=Self::MOST).contains(bytes));
+        bytes.map(|bytes| Self::Bytes(bytes.next_multiple_of(Self::STEP))).ok_or_else(|| {
+            BadSetting(format!(
+                "'{text}' is no size of a ring: write bytes from 128k to 64M, such as 512k or 4M, \
+                 or auto"
+            ))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
@@ -190,6 +268,40 @@ mod tests {
         for text in ["", "localhost:9101", "65536", "unix:", ":", "127.0.0.1"] {
             let error = text.parse::<Metrics>().unwrap_err().to_string();
             assert!(error.contains(&format!("'{text}' is no address: write ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_ring_is_of_whole_blocks_and_shown_as_written() {
+        for (text, bytes, shown) in [
+            ("128k", 128 << 10, "128k"),
+            ("131072", 128 << 10, "128k"),
+            ("129k", 256 << 10, "256k"),
+            ("1024k", 1 << 20, "1M"),
+            ("64M", 64 << 20, "64M"),
+        ] {
+            let size: RingSize = text.parse().unwrap();
+            assert_eq!((size.bytes(1), size.bytes(4094)), (bytes, bytes), "{text}");
+            assert_eq!(size.to_string(), shown);
+            assert_eq!(shown.parse::<RingSize>().unwrap(), size);
+        }
+        for text in ["", "k", "127k", "65M", "+512k", "1G", "512K", "4096M", "1.5M", "-1", "no"] {
+            let error = text.parse::<RingSize>().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("'{text}' is no size of a ring: ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn rings_share_what_there_is_unasked() {
+        let size: RingSize = "auto".parse().unwrap();
+        assert_eq!(size.to_string(), "auto");
+        for (ports, bytes) in
+            [(0, 4 << 20), (1, 4 << 20), (256, 4 << 20), (1000, 1 << 20), (4094, 512 << 10)]
+        {
+            assert_eq!(size.bytes(ports), bytes, "{ports} ports");
+        }
+        for ports in 1..5000 {
+            assert!(size.slots(ports).is_multiple_of(BURST), "{ports} ports");
         }
     }
 

@@ -37,7 +37,7 @@ fn maps(config: &Config) -> Vec<String> {
 #[test]
 fn every_key_is_understood_in_each_type_it_takes() {
     let text = r#"
-switch = { datapath = "packet", poll = "busy", control = "none", metrics = 9101, log-format = "json" }
+switch = { datapath = "packet", poll = "busy", ring-size = 300000, control = "none", metrics = 9101, log-format = "json" }
 [uplink]
 device = "eth0"
 tpid = 0x88A8
@@ -71,6 +71,7 @@ pcp = 3
     assert_eq!((config.datapath, config.poll), (Datapath::Packet, PollMode::Busy));
     assert_eq!((&config.control, config.log_format), (&Control::Off, LogFormat::Json));
     assert_eq!(config.metrics, "127.0.0.1:9101".parse().unwrap());
+    assert_eq!(config.ring_size, "384k".parse().unwrap());
     let expected = [
         "101=a,pcp=copy,owner=0,group=root,queues=4,offload=off",
         "200-210,300=b,native=200,tpid=0x9100,create=no",
@@ -189,20 +190,23 @@ fn all_faults_are_told_at_once_and_both_places_of_a_clash() {
 fn the_command_line_is_laid_over_the_file() {
     let file = file_with(
         "[uplink]\ndevice = 'eth0'\ntpid = 0x88a8\nset-mtu = 9000\n[switch]\npoll = 'busy'\n\
-         log-format = 'json'\ncontrol = '/c'\nmetrics = 1\n[[port]]\nvlan = 5\ndevice = 'a'\n",
+         log-format = 'json'\nring-size = '1M'\ncontrol = '/c'\nmetrics = 1\n[[port]]\nvlan = 5\ndevice = 'a'\n",
     );
     let file_only = load(file.path(), &[]).unwrap();
     assert_eq!((file_only.uplink.as_str(), file_only.set_uplink_mtu), ("eth0", Some(9000)));
     let over = "--uplink eth1 --tpid 0x8100 --set-uplink-mtu --poll sleep --log-format text \
-                --control none --metrics none --map 6=b";
+                --ring-size 512k --control none --metrics none --map 6=b";
     let config = load(file.path(), &over.split_whitespace().collect::<Vec<_>>()).unwrap();
     assert_eq!((config.uplink.as_str(), config.set_uplink_mtu), ("eth1", Some(1500)));
     assert_eq!((config.poll, config.log_format), (PollMode::Sleep, LogFormat::Text));
     assert_eq!((&config.control, &config.metrics), (&Control::Off, &Metrics::Off));
+    assert_eq!((file_only.ring_size.bytes(1), config.ring_size.bytes(1)), (1 << 20, 512 << 10));
     assert_eq!(maps(&config), ["5=a", "6=b"]);
     let fixed: Vec<&str> =
         diff::fixed_settings(&file_only, &config).iter().map(|one| one.key).collect();
-    assert_eq!(fixed, ["device", "set-mtu", "poll", "control", "metrics", "log-format"]);
+    let expected =
+        ["device", "set-mtu", "poll", "ring-size", "control", "metrics", "log-format"];
+    assert_eq!(fixed, expected);
 }
 
 #[test]
@@ -342,14 +346,15 @@ fn arguments() -> impl Strategy<Value = Vec<String>> {
         pick("--tpid", &["0x8100", "0x88a8", "0x9100"]),
         pick("--poll", &["adaptive", "busy", "sleep"]),
         pick("--datapath", &["auto", "packet"]),
+        pick("--ring-size", &["auto", "200k", "4M"]),
         pick("--set-uplink-mtu", &["1500", "9000"]),
         pick("--control", &["none", "/run/a b/\"c\""]),
         pick("--metrics", &["none", "9101", "[::1]:9", "unix:/m\\n"]),
         pick("--log-format", &["text", "json"]),
         port_list(),
     );
-    options.prop_map(|(tpid, poll, datapath, mtu, control, metrics, format, ports)| {
-        let options = [tpid, poll, datapath, mtu, control, metrics, format];
+    options.prop_map(|(tpid, poll, datapath, ring, mtu, control, metrics, format, ports)| {
+        let options = [tpid, poll, datapath, ring, mtu, control, metrics, format];
         let ports = ports.into_iter().map(|map| format!("--map={map}"));
         options.into_iter().flatten().chain(ports).collect()
     })

@@ -101,7 +101,8 @@ impl Daemon {
             self.host.bring_up(link.index)?;
         }
         let mut failed = None;
-        for result in in_parallel(prepared, open_port) {
+        let ring = self.port_ring();
+        for result in in_parallel(prepared, |prepared| open_port(prepared, ring)) {
             match result {
                 Ok(port) => opened.push(port),
                 Err(error) => failed = Some(error),
@@ -251,9 +252,10 @@ impl Daemon {
     ) -> Result<(), StartError> {
         // Side by side: both wait for the kernel, and nothing is forwarded before both
         // are done.
+        let ring = self.port_ring();
         let (prepared, device) = beside(
             || self.prepare_port(position, link.clone(), false, Sealing::Lasting),
-            || open(link, NetdevOptions::Port),
+            || open(link, ring),
         );
         let prepared = prepared?;
         let up = self.host.bring_up(link.index).map_err(StartError::from);
@@ -285,6 +287,11 @@ impl Daemon {
         if let Some(found) = attached.found {
             self.host.give_port_back(&found.renamed(name));
         }
+    }
+
+    /// How a port's device is opened, with as many ports as there are now.
+    fn port_ring(&self) -> NetdevOptions<'static> {
+        NetdevOptions::Port { slots: self.config.ring_size.slots(self.ports.len()) }
     }
 
     pub(super) fn attach_uplink(&mut self, link: &LinkState) -> Result<(), StartError> {
@@ -517,8 +524,8 @@ pub fn close_opened(opened: Vec<Opened>) {
     in_parallel(parts.collect(), drop::<DevicePart>);
 }
 
-fn open_port(prepared: Prepared) -> Result<Opened, StartError> {
-    let device = open(&prepared.link, NetdevOptions::Port)?;
+fn open_port(prepared: Prepared, ring: NetdevOptions<'_>) -> Result<Opened, StartError> {
+    let device = open(&prepared.link, ring)?;
     opened(prepared, device)
 }
 
