@@ -21,6 +21,8 @@ const LOSS_LIMIT: f64 = 1e-3;
 const RESOLUTION: f64 = 0.02;
 /// Frames a second of [`cost`]: little enough for every datapath on a small machine.
 const TRICKLE: f64 = 50_000.0;
+/// What a switch may hold whatever its ports are, in MiB.
+const BESIDES_MIB: f64 = 32.0;
 
 /// One kind of frame one way through a scene.
 struct Path<'a> {
@@ -231,12 +233,38 @@ pub fn cost(scene: &Scene, direction: Direction, length: usize, bench: &Bench) -
     ))
 }
 
+/// Processor time of the datapath's programs, all threads, in nanoseconds.
+fn processor_time(scene: &Scene) -> Result<u64> {
+    let mut time = 0;
+    for child in &scene.datapath.children {
+        for task in std::fs::read_dir(format!("/proc/{}/task", child.id()))? {
+            let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+            let own = text.split(' ').next().and_then(|time| time.parse::<u64>().ok());
+            time += own.context("schedstat has no time")?;
+        }
+    }
+    Ok(time)
+}
+
+/// Memory of the datapath's programs, rings included, in KiB.
+fn resident(scene: &Scene) -> Result<u64> {
+    let mut kib = 0;
+    for child in &scene.datapath.children {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        kib += number.context("no VmRSS")?;
+    }
+    Ok(kib)
+}
+
 /// Many ports, traffic on one.
 pub fn ports(datapath: &Datapath, count: usize, bench: &Bench) -> Result<Outcome> {
     let begun = Instant::now();
     let scene = Scene::with_sink(datapath, bench.scratch, count)?;
     let start = begun.elapsed();
-    let ([], idle) = window(bench, || Ok([]))?;
+    let resident = resident(&scene)?;
+    let ([own], idle) = window(bench, || Ok([processor_time(&scene)?]))?;
     let to_wire = flood(&scene, Direction::ToWire, 60, bench)?;
     let to_guest = flood(&scene, Direction::ToGuest, 60, bench)?;
     let delivered =
@@ -247,7 +275,10 @@ pub fn ports(datapath: &Datapath, count: usize, bench: &Bench) -> Result<Outcome
             ("to_wire_mpps", delivered(&to_wire)),
             ("to_guest_mpps", delivered(&to_guest)),
             ("idle_cpus", idle.busy / idle.seconds),
+            ("idle_own_cpus", own / 1e9),
             ("start_ms", start.as_secs_f64() * 1e3),
+            ("resident_mib", resident as f64 / 1024.0),
+            ("resident_mib_per_port", (resident as f64 / 1024.0 - BESIDES_MIB) / count as f64),
         ],
         &idle,
     );

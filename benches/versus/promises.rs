@@ -13,11 +13,13 @@ use super::workload::{Direction, Workload};
 const OURS: &str = "vlanswitchd";
 
 /// What a figure is divided by.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq)]
 enum Base {
     /// Another column's figure of the same round.
     Datapath(&'static str),
-    /// Nothing: the figure is a share already.
+    /// The same figure of another workload of the same round.
+    Workload(Workload),
+    /// Nothing: the figure is a share or an amount already.
     None,
 }
 
@@ -46,6 +48,10 @@ const fn tcp(direction: Direction) -> Workload {
     Workload::Tcp { direction, streams: 1 }
 }
 
+const fn ports(count: usize) -> Workload {
+    Workload::Ports { count }
+}
+
 const fn search(length: usize) -> Workload {
     Workload::Throughput { direction: Direction::ToGuest, length }
 }
@@ -68,7 +74,7 @@ const fn at_most(
     Promise { text, workload, figure, base, at_least: false, target }
 }
 
-const PROMISES: [Promise; 13] = [
+const PROMISES: [Promise; 18] = [
     at_least("guest to wire, 60 bytes, to macvtap", (flood(60), "delivered_mpps"), MACVTAP, 1.0),
     at_least(
         "guest to wire, 1514 bytes, to macvtap",
@@ -117,12 +123,45 @@ const PROMISES: [Promise; 13] = [
         TESTPMD,
         1.2,
     ),
+    at_least(
+        "guest to wire beside 999 silent ports, to that of one port",
+        (ports(1000), "to_wire_mpps"),
+        Base::Workload(ports(1)),
+        0.95,
+    ),
+    at_least(
+        "wire to guest beside 999 silent ports, to that of one port",
+        (ports(1000), "to_guest_mpps"),
+        Base::Workload(ports(1)),
+        0.95,
+    ),
+    at_most(
+        "processors that 1000 silent ports take",
+        (ports(1000), "idle_own_cpus"),
+        Base::None,
+        0.01,
+    ),
+    at_most(
+        "from nothing to 1000 ports forwarding, in milliseconds",
+        (ports(1000), "start_ms"),
+        Base::None,
+        3000.0,
+    ),
+    at_most(
+        "memory of each of 1000 ports, beside 32 MiB in all, in MiB",
+        (ports(1000), "resident_mib_per_port"),
+        Base::None,
+        4.5,
+    ),
 ];
 
 impl Promise {
     fn measured(&self, results: &Results) -> Option<Spread> {
         match self.base {
             Base::Datapath(base) => results.ratio(self.workload, OURS, base, self.figure),
+            Base::Workload(other) => {
+                results.ratio_within(OURS, self.workload, other, self.figure)
+            }
             Base::None => results.spread(&self.workload.name(), OURS, self.figure),
         }
     }

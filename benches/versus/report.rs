@@ -99,6 +99,23 @@ impl Results {
         spread(&ratios)
     }
 
+    /// A datapath's figure in one workload to its own in another, round by round.
+    pub fn ratio_within(
+        &self,
+        datapath: &str,
+        workload: Workload,
+        other: Workload,
+        figure: &str,
+    ) -> Option<Spread> {
+        let bases = self.by_round(&other.name(), datapath, figure);
+        let ratios: Vec<f64> = self
+            .by_round(&workload.name(), datapath, figure)
+            .into_iter()
+            .filter_map(|(round, value)| Some(value / bases.get(&round)?))
+            .collect();
+        spread(&ratios)
+    }
+
     /// Measurements in which other programs or the hypervisor took a share of the processors.
     pub fn disturbed(&self) -> usize {
         self.measurements

@@ -198,7 +198,9 @@ impl Workload {
                 ("to_wire_mpps", true),
                 ("to_guest_mpps", true),
                 ("idle_cpus", false),
+                ("idle_own_cpus", false),
                 ("start_ms", false),
+                ("resident_mib", false),
             ],
         }
     }

@@ -19,7 +19,7 @@ use vlanswitchd::port::{
     Arrival, Device, DeviceState, FaultyPort, InternalPort, NetdevOptions, NetdevPort,
 };
 use vlanswitchd::switch::DropReason;
-use vlanswitchd::sys::packet::{Burst, CopyPool, SendSpace};
+use vlanswitchd::sys::packet::{BURST, Burst, CopyPool, SendSpace};
 use vlanswitchd::sys::tap::{self, TapOptions};
 
 const FRAMES: usize = 48;

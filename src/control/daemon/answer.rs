@@ -41,8 +41,14 @@ impl Daemon {
                 self.server.reply(client, &StatsReply { stats });
             }
             Wish::Metrics => {
-                let text = crate::control::metrics::render(&self.status(), &self.stats());
-                self.server.metrics(client, &text);
+                let began = Instant::now();
+                if let Some(text) = self.scraped.text(began) {
+                    self.server.metrics(client, text);
+                } else {
+                    let text = crate::control::metrics::render(&self.status(), &self.stats());
+                    let text = self.scraped.keep(text, began, Instant::now());
+                    self.server.metrics(client, text);
+                }
             }
         }
     }

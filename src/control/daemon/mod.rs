@@ -15,6 +15,7 @@ mod handing;
 mod heartbeat;
 mod leftovers;
 mod ports;
+mod scraped;
 mod stuck;
 mod watch;
 
@@ -47,6 +48,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{UnixAddr, getsockname};
 use ports::Ports;
+use scraped::Scraped;
 use std::collections::HashMap;
 use std::io;
 use std::ops::ControlFlow;
@@ -108,6 +110,7 @@ pub struct Daemon {
     signals: SignalFd,
     server: Server,
     captures: Captures,
+    scraped: Scraped,
     examinations: Examinations,
     heartbeat: Heartbeat,
     /// From the end of the start on.
@@ -195,6 +198,7 @@ impl Daemon {
             signals,
             server,
             captures: Captures::default(),
+            scraped: Scraped::default(),
             examinations,
             heartbeat: Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now()),
             confined: None,

@@ -104,6 +104,9 @@ impl LinkSocket {
             // explanation, with the same meaning.
             socket.set_cap_ack(true).ok();
             socket.set_ext_ack(true).ok();
+            // And of 4.20: a dump of addresses of one device is that, not all of the host's
+            // addresses, a thousand devices' for each of a thousand devices.
+            socket.set_netlink_get_strict_chk(true).ok();
             Ok(socket)
         };
         let socket = open().map_err(|reason| LinkError::Socket { operation: "open it", reason })?;
@@ -288,9 +291,11 @@ impl LinkSocket {
     /// The addresses, IPv4 and IPv6, that the host has on the device.
     pub fn addresses(&mut self, index: u32) -> Result<Vec<IpAddr>, LinkError> {
         let mut addresses = Vec::new();
+        let mut wanted = AddressMessage::default();
+        wanted.header.index = index;
         for _ in 0..DUMP_ATTEMPTS {
             addresses.clear();
-            let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+            let request = RouteNetlinkMessage::GetAddress(wanted.clone());
             let undisturbed = self
                 .exchange(request, NLM_F_DUMP, |message| {
                     if message.kind == libc::RTM_NEWADDR
