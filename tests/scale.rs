@@ -1,7 +1,7 @@
 //! Many ports: all VLANs at once, a thousand taps, and ports that come and go by the
-//! thousand. How many can be raised: `VLANSWITCHD_PAIRS=4094` maps every inner VLAN of
-//! one outer to a tap of its own, `VLANSWITCHD_CHURN=10000` adds and removes as many
-//! ports.
+//! thousand. `VLANSWITCHD_PAIRS=4094` maps every inner VLAN of one outer to a tap of
+//! its own, instead of the first hundred; `VLANSWITCHD_CHURN=2000` adds and removes no
+//! more than 2000 ports.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,7 +14,7 @@
 mod lab;
 
 use lab::frames::{Frame, TagBytes, tag};
-use lab::{Daemon, Lab, PATIENCE, RawGuest, Wire};
+use lab::{Daemon, Lab, PATIENCE, RawGuest, Wire, eventually};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::Request;
 use vlanswitchd::control::client::Client;
-use vlanswitchd::frame::{TagStack, Tpid};
+use vlanswitchd::frame::{Pcp, TagStack, Tpid};
 use vlanswitchd::switch::{Membership, Priority, Table, UplinkVerdict, Vlans};
 use vlanswitchd::sys::bpf::Direction;
 use vlanswitchd::sys::bpf::tcx;
@@ -159,7 +159,8 @@ fn every_vlan_is_mapped_at_once_and_a_thousand_taps_carry_theirs() {
     through_each(&wire, &guests);
 
     let vids: Vec<u16> = (FIRST_OF_TRUNK..OUTER).collect();
-    for vids in vids.chunks(WINDOW as usize) {
+    // Fewer than its ring has slots.
+    for vids in vids.chunks(50) {
         for vid in vids {
             wire.send(&Frame::numbered(u64::from(*vid)).tags(&[vlan(*vid)]));
         }
@@ -314,7 +315,7 @@ fn the_thousandth_port_comes_while_the_others_carry_traffic() {
 #[ignore = "needs root: makes network namespaces"]
 fn ports_that_come_and_go_leave_nothing_behind() {
     const BATCH: u16 = 200;
-    let rounds = number_from("VLANSWITCHD_CHURN", 2000) / BATCH;
+    let rounds = number_from("VLANSWITCHD_CHURN", 10_000) / BATCH;
     let lab = Lab::new();
     let stays = single([4000]);
     let with_batch: Vec<_> = stays.iter().cloned().chain(single(1..=BATCH)).collect();
@@ -324,6 +325,8 @@ fn ports_that_come_and_go_leave_nothing_behind() {
         let files = ["", "bpf-prog", "bpf-map", "socket:"].map(|kind| open_files(daemon, kind));
         (files, daemon.resident_bytes())
     };
+    // Before the first client.
+    let sockets = held().0[3];
     let mut first = None;
     let begin = Instant::now();
     for round in 1..=rounds {
@@ -331,12 +334,17 @@ fn ports_that_come_and_go_leave_nothing_behind() {
         switch.reload(&stays);
         // What is allocated once has been by then.
         if round == 3 {
-            first = Some(held());
+            let ended = |held: &([usize; 4], u64)| held.0[3] == sockets;
+            first = Some(eventually("the client's connection is closed", || {
+                Some(held()).filter(ended)
+            }));
         }
     }
     println!("{} ports in {:.2?}", u32::from(rounds * BATCH), begin.elapsed());
-    let ((files, bytes), (files_now, bytes_now)) = (first.expect("rounds enough"), held());
-    assert_eq!(files, files_now, "open files: all, programs, maps, sockets");
+    let (files, bytes) = first.expect("rounds enough");
+    // The client's connection may be about to be closed.
+    let what = format!("as many open files, programs, maps, sockets as before: {files:?}");
+    let (_, bytes_now) = eventually(&what, || Some(held()).filter(|(now, _)| *now == files));
     println!("{bytes} bytes resident after three rounds, {bytes_now} after all");
     assert!(bytes_now < bytes + (2 << 20), "{bytes} bytes, then {bytes_now}");
     // Each tap that stays has one seal, wherever it stands.
@@ -345,7 +353,8 @@ fn ports_that_come_and_go_leave_nothing_behind() {
         let index = lab.host.index(&device);
         let programs = lab.host.enter(|| tcx::programs(index, Direction::Ingress));
         let filters = lab.host.try_tc(&format!("filter show dev {device} ingress"));
-        let filters = filters.unwrap_or_default().matches("vlansw_seal").count();
+        let filters = filters.unwrap_or_default();
+        let filters = filters.lines().filter(|line| line.contains("vlansw_seal")).count();
         assert_eq!(programs.map_or(0, |programs| programs.len()) + filters, 1, "{device}");
     }
     switch.daemon.stop();
@@ -354,7 +363,7 @@ fn ports_that_come_and_go_leave_nothing_behind() {
 #[test]
 fn every_vlan_and_every_pair_of_one_fit_one_table() {
     let tagged = |vlans: Vlans| {
-        Membership::new(vlans, None, None, Tpid::Customer, None, Priority::default()).unwrap()
+        Membership::new(vlans, None, None, Tpid::Customer, None, Priority::Fixed(Pcp::default())).unwrap()
     };
     let vid = |vid: u16| vlanswitchd::frame::Vid::new(vid).unwrap();
     let mut members: Vec<_> = (1..OUTER).map(|one| tagged(Vlans::One(vid(one)))).collect();
