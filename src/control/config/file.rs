@@ -94,7 +94,7 @@ pub fn parse(file: &Arc<Path>, bytes: &[u8]) -> (FileConfig, Vec<FileError>) {
     let document = text_of_file(file, bytes).and_then(|text| Ok((text, document(file, text)?)));
     match document {
         Ok((text, document)) => {
-            let mut reader = Reader { file, text, errors: Vec::new() };
+            let mut reader = Reader { file, lines: Lines::of(text), errors: Vec::new() };
             let config = reader.document(&document);
             (config, reader.errors)
         }
@@ -128,14 +128,35 @@ fn is_duplicate(error: &toml_edit::TomlError) -> bool {
     error.message().starts_with("duplicate key")
 }
 
-/// Line and column of an offset, the first are 1; columns count characters.
+/// Where the lines of a text are: counted once, as a file of a thousand ports is asked
+/// for thousands of places.
+struct Lines<'t> {
+    text: &'t str,
+    /// Where each line begins.
+    starts: Vec<usize>,
+}
+
+impl<'t> Lines<'t> {
+    fn of(text: &'t str) -> Self {
+        let behind = text.match_indices('\n').map(|(newline, _)| newline + 1);
+        Self { text, starts: std::iter::once(0).chain(behind).collect() }
+    }
+
+    /// Line and column of an offset, the first are 1; columns count characters.
+    fn place(&self, offset: usize) -> (usize, usize) {
+        // A span may end in the middle of what it complains about.
+        let offset = offset.min(self.text.len());
+        let offset = (0..=offset).rev().find(|at| self.text.is_char_boundary(*at)).unwrap_or(0);
+        let line = self.starts.partition_point(|start| *start <= offset);
+        let start = line.checked_sub(1).and_then(|line| self.starts.get(line)).copied();
+        let before = self.text.get(start.unwrap_or(0)..offset).unwrap_or_default();
+        (line, before.chars().count() + 1)
+    }
+}
+
+/// A place in a text of which no other is asked for.
 fn place_of(text: &str, offset: usize) -> (usize, usize) {
-    // A span may end in the middle of what it complains about.
-    let offset = (0..=offset.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
-    let before = text.get(..offset.unwrap_or(0)).unwrap_or_default();
-    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-    let column = before.get(line_start..).unwrap_or_default().chars().count() + 1;
-    (before.matches('\n').count() + 1, column)
+    Lines::of(text).place(offset)
 }
 
 /// A value as the command line would have it, if the key takes its type. `written`
@@ -156,7 +177,7 @@ fn text_of(kinds: Kinds, value: &Value, written: &str) -> Option<String> {
 
 struct Reader<'t> {
     file: &'t Arc<Path>,
-    text: &'t str,
+    lines: Lines<'t>,
     errors: Vec<FileError>,
 }
 
@@ -169,7 +190,7 @@ struct Found {
 
 impl Reader<'_> {
     fn refuse(&mut self, span: Option<Range<usize>>, key: &str, problem: String) {
-        let place = span.map(|span| place_of(self.text, span.start));
+        let place = span.map(|span| self.lines.place(span.start));
         let key = Some(key.to_owned());
         self.errors.push(FileError { file: Arc::clone(self.file), place, key, problem });
     }
@@ -214,7 +235,7 @@ impl Reader<'_> {
                 self.refuse(span, name, schema::unknown(Some(section), name));
                 continue;
             };
-            let written = item.span().and_then(|span| self.text.get(span)).unwrap_or_default();
+            let written = item.span().and_then(|span| self.lines.text.get(span)).unwrap_or_default();
             match item.as_value().and_then(|value| text_of(key.kinds, value, written)) {
                 Some(text) => found.push(Found { key: key.name, text, span: item.span() }),
                 None => {
@@ -228,11 +249,11 @@ impl Reader<'_> {
 
     fn port(&mut self, table: &toml_edit::Table) -> Option<PortSpec> {
         let faults = self.errors.len();
-        let line = |span: Option<Range<usize>>| span.map(|span| place_of(self.text, span.start).0);
+        let line = |span: Option<Range<usize>>| span.map(|span| self.lines.place(span.start).0);
         let start = line(table.span()).unwrap_or_default();
         let mut spec = PortSpec::new(Origin::File { file: Arc::clone(self.file), line: start });
         for Found { key, text, span } in self.keys(PORT_TABLE, table) {
-            let line = span.map(|span| place_of(self.text, span.start).0);
+            let line = span.map(|span| self.lines.place(span.start).0);
             spec.set(key, text, line);
         }
         (self.errors.len() == faults).then_some(spec)
@@ -242,7 +263,7 @@ impl Reader<'_> {
         for Found { key, text, span } in self.keys(section, table) {
             let result = match key {
                 "device" => {
-                    let line = span.clone().map_or(0, |span| place_of(self.text, span.start).0);
+                    let line = span.clone().map_or(0, |span| self.lines.place(span.start).0);
                     config.uplink = Some((text, format!("{}:{line}", self.file.display())));
                     Ok(())
                 }
