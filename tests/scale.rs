@@ -148,9 +148,8 @@ fn every_vlan_is_mapped_at_once_and_a_thousand_taps_carry_theirs() {
     let mut guests: Vec<(RawGuest, Vec<TagBytes>)> = (1..FIRST_OF_TRUNK)
         .map(|vid| (lab.raw_guest(&format!("t{vid}")), vec![vlan(vid)]))
         .collect();
-    guests.extend(inner.map(|vid| {
-        (lab.raw_guest(&format!("p{vid}")), vec![vlan(OUTER), vlan(vid)])
-    }));
+    guests
+        .extend(inner.map(|vid| (lab.raw_guest(&format!("p{vid}")), vec![vlan(OUTER), vlan(vid)])));
     let trunk = lab.raw_guest("trunk");
     daemon.until("all ports are attached", |summary| {
         summary.ports.iter().all(|port| port.state == "attached")
@@ -234,8 +233,7 @@ fn the_thousandth_port_comes_while_the_others_carry_traffic() {
     const PORTS: u16 = 999;
     let lab = Lab::new();
     let switch = Switch::start(&lab, &single(1..=PORTS));
-    let guests: Vec<RawGuest> =
-        (1..=PORTS).map(|vid| lab.raw_guest(&format!("t{vid}"))).collect();
+    let guests: Vec<RawGuest> = (1..=PORTS).map(|vid| lab.raw_guest(&format!("t{vid}"))).collect();
     switch.daemon.until("all ports are attached", |summary| {
         summary.ports.iter().all(|port| port.state == "attached")
     });
@@ -363,7 +361,8 @@ fn ports_that_come_and_go_leave_nothing_behind() {
 #[test]
 fn every_vlan_and_every_pair_of_one_fit_one_table() {
     let tagged = |vlans: Vlans| {
-        Membership::new(vlans, None, None, Tpid::Customer, None, Priority::Fixed(Pcp::default())).unwrap()
+        Membership::new(vlans, None, None, Tpid::Customer, None, Priority::Fixed(Pcp::default()))
+            .unwrap()
     };
     let vid = |vid: u16| vlanswitchd::frame::Vid::new(vid).unwrap();
     let mut members: Vec<_> = (1..OUTER).map(|one| tagged(Vlans::One(vid(one)))).collect();

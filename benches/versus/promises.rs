@@ -159,9 +159,7 @@ impl Promise {
     fn measured(&self, results: &Results) -> Option<Spread> {
         match self.base {
             Base::Datapath(base) => results.ratio(self.workload, OURS, base, self.figure),
-            Base::Workload(other) => {
-                results.ratio_within(OURS, self.workload, other, self.figure)
-            }
+            Base::Workload(other) => results.ratio_within(OURS, self.workload, other, self.figure),
             Base::None => results.spread(&self.workload.name(), OURS, self.figure),
         }
     }

@@ -4,7 +4,8 @@
 //! from; docs/metrics.md is compared with it by a test. Names are stable: what is
 //! here stays and keeps its meaning.
 //!
-//! The numbers are those of the control socket, taken at the moment of the scrape.
+//! The numbers are those of the control socket, taken at the moment of the scrape; a
+//! text that took long to write is given again for a while (`daemon::scraped`).
 //! Every drop reason that can occur in a flow is shown from the start, at zero: a
 //! series that appears with its first value hides that value from `rate()`.
 //! VLANs nobody mapped are what the wire makes them, up to 16380 of them, so only the

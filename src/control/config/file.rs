@@ -235,7 +235,8 @@ impl Reader<'_> {
                 self.refuse(span, name, schema::unknown(Some(section), name));
                 continue;
             };
-            let written = item.span().and_then(|span| self.lines.text.get(span)).unwrap_or_default();
+            let written =
+                item.span().and_then(|span| self.lines.text.get(span)).unwrap_or_default();
             match item.as_value().and_then(|value| text_of(key.kinds, value, written)) {
                 Some(text) => found.push(Found { key: key.name, text, span: item.span() }),
                 None => {

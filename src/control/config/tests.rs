@@ -204,8 +204,7 @@ fn the_command_line_is_laid_over_the_file() {
     assert_eq!(maps(&config), ["5=a", "6=b"]);
     let fixed: Vec<&str> =
         diff::fixed_settings(&file_only, &config).iter().map(|one| one.key).collect();
-    let expected =
-        ["device", "set-mtu", "poll", "ring-size", "control", "metrics", "log-format"];
+    let expected = ["device", "set-mtu", "poll", "ring-size", "control", "metrics", "log-format"];
     assert_eq!(fixed, expected);
 }
 
