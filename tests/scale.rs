@@ -19,6 +19,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::Request;
@@ -34,6 +35,13 @@ const WINDOW: u64 = 200;
 const OUTER: u16 = 4094;
 /// The first VLAN of the trunk, which has all up to [`OUTER`].
 const FIRST_OF_TRUNK: u16 = 900;
+
+/// One test at a time: each fills the machine.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn number_from(variable: &str, usual: u16) -> u16 {
     std::env::var(variable).map_or(usual, |text| text.parse().expect("a number"))
@@ -122,6 +130,7 @@ fn through_each(wire: &Wire, guests: &[(RawGuest, Vec<TagBytes>)]) {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn every_vlan_is_mapped_at_once_and_a_thousand_taps_carry_theirs() {
+    let _turn = turn();
     let lab = Lab::new();
     let inner = 1..=number_from("VLANSWITCHD_PAIRS", 100);
     let mut ports = single(1..FIRST_OF_TRUNK);
@@ -230,6 +239,7 @@ impl Way {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn the_thousandth_port_comes_while_the_others_carry_traffic() {
+    let _turn = turn();
     const PORTS: u16 = 999;
     let lab = Lab::new();
     let switch = Switch::start(&lab, &single(1..=PORTS));
@@ -312,6 +322,7 @@ fn the_thousandth_port_comes_while_the_others_carry_traffic() {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn ports_that_come_and_go_leave_nothing_behind() {
+    let _turn = turn();
     const BATCH: u16 = 200;
     let rounds = number_from("VLANSWITCHD_CHURN", 10_000) / BATCH;
     let lab = Lab::new();
