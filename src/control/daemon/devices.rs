@@ -290,7 +290,7 @@ impl Daemon {
     }
 
     /// How a port's device is opened, with as many ports as there are now.
-    fn port_ring(&self) -> NetdevOptions<'static> {
+    pub(super) fn port_ring(&self) -> NetdevOptions<'static> {
         NetdevOptions::Port { slots: self.config.ring_size.slots(self.ports.len()) }
     }
 

@@ -102,7 +102,7 @@ impl Daemon {
         let Some(link) = link else { return Ok(()) };
         // Closed first: of two rings at once each would bring every frame.
         self.take_back(Some(position));
-        let device = open(&link, self.port_options())?;
+        let device = open(&link, self.port_ring())?;
         let opened = Opened::adopted(position, Some(link), device)?;
         self.attach_ports(vec![opened]);
         Ok(())
