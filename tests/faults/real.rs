@@ -73,7 +73,7 @@ fn set_mtu(mtu: u32) {
 
 fn netdev(name: &str) -> Device {
     let index = nix::net::if_::if_nametoindex(name).unwrap();
-    Device::Netdev(NetdevPort::open(index, NetdevOptions::Port).unwrap())
+    Device::Netdev(NetdevPort::open(index, NetdevOptions::Port { slots: 2048 }).unwrap())
 }
 
 fn frame(number: usize, length: usize) -> Vec<u8> {
