@@ -40,8 +40,12 @@ fn super_frames_stay_with_their_slots_when_the_device_goes_down() {
         let index = if_nametoindex("guest").unwrap();
         let mut links = LinkSocket::new().unwrap();
         links.set_up(index).unwrap();
-        let options =
-            ReceiverOptions { slots: 64, copy_queue: 8 << 20, promiscuous: false, filter: None };
+        let options = ReceiverOptions {
+            slots: 64,
+            copy_queue: 8 << 20,
+            promiscuous: false,
+            filter: vlanswitchd::sys::packet::Filter::All,
+        };
         let mut receiver = Receiver::open(index, &options).unwrap();
         for (payload, mark) in [(20_000, 1), (30_000, 2), (40_000, 3)] {
             nix::unistd::write(&guest, &super_frame(payload, mark)).unwrap();

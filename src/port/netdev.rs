@@ -1,9 +1,10 @@
 //! A network device through AF_PACKET: the uplink, and the netdev side of a tap
 //! whose file descriptor the VMM owns.
 
-use crate::sys::bpf::UplinkFilter;
-use crate::sys::packet::{PacketError, Receiver, ReceiverOptions, Transmitter};
-use std::os::fd::OwnedFd;
+use crate::sys::bpf::{Steering, UplinkFilter};
+use crate::sys::fanout;
+use crate::sys::packet::{Filter, PacketError, Receiver, ReceiverOptions, Transmitter};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Slots in the uplink's ring: 8 MiB, a few milliseconds of small frames.
 const UPLINK_SLOTS: usize = 4096;
@@ -17,6 +18,9 @@ const PORT_COPY_QUEUE: usize = 16 << 20;
 pub enum NetdevOptions<'f> {
     /// The uplink: promiscuous, and only frames the filter claims.
     Uplink(&'f UplinkFilter),
+    /// A part of the uplink, of no use before [`NetdevPort::open_uplink`] has made the
+    /// parts a whole.
+    UplinkPart,
     /// A port: everything its guest sends.
     Port {
         /// Slots in its ring; a multiple of 64.
@@ -39,20 +43,38 @@ impl NetdevPort {
     pub fn open(index: u32, options: NetdevOptions<'_>) -> Result<Self, PacketError> {
         let transmitter = Transmitter::open(index)?;
         let options = match options {
-            NetdevOptions::Uplink(filter) => ReceiverOptions {
-                slots: UPLINK_SLOTS,
-                copy_queue: UPLINK_COPY_QUEUE,
-                promiscuous: true,
-                filter: Some(filter),
-            },
+            NetdevOptions::Uplink(filter) => uplink(Filter::Claimed(filter)),
+            NetdevOptions::UplinkPart => uplink(Filter::Nothing),
             NetdevOptions::Port { slots } => ReceiverOptions {
                 slots,
                 copy_queue: PORT_COPY_QUEUE,
                 promiscuous: false,
-                filter: None,
+                filter: Filter::All,
             },
         };
         Ok(Self { receiver: Receiver::open(index, &options)?, transmitter })
+    }
+
+    /// Attaches to the uplink with this index, or to so many parts of it: then each frame
+    /// the filter claims reaches the part the steering names.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step that failed. Before Linux 6.13 one is that the
+    /// device is down.
+    pub fn open_uplink(
+        index: u32,
+        filter: &UplinkFilter,
+        parts: Option<(&Steering, usize)>,
+    ) -> Result<Vec<Self>, PacketError> {
+        let Some((steering, parts)) = parts else {
+            return Ok(vec![Self::open(index, NetdevOptions::Uplink(filter))?]);
+        };
+        // One after the other: the order in which they are opened is their order.
+        let opened: Vec<Self> = (0..parts)
+            .map(|_| Self::open(index, NetdevOptions::UplinkPart))
+            .collect::<Result<_, _>>()?;
+        fanout::form(opened.iter().map(|part| part.receiver.as_fd()), steering, filter)?;
+        Ok(opened)
     }
 
     /// Attaches to the device with this index by a receiving socket that another
@@ -64,4 +86,9 @@ impl NetdevPort {
         let receiver = Receiver::adopt(index, socket, slots)?;
         Ok(Self { receiver, transmitter: Transmitter::open(index)? })
     }
+}
+
+fn uplink(filter: Filter<'_>) -> ReceiverOptions<'_> {
+    let (slots, copy_queue) = (UPLINK_SLOTS, UPLINK_COPY_QUEUE);
+    ReceiverOptions { slots, copy_queue, promiscuous: true, filter }
 }

@@ -7,6 +7,7 @@
 
 pub mod bpf;
 pub mod ethtool;
+pub mod fanout;
 pub mod hand_over;
 pub mod netns;
 pub mod packet;

@@ -94,7 +94,7 @@ pub const OPENING_CALLS: &[Call] = &[
     Call::one_of(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC.cast_unsigned()]),
 ];
 
-fn at(step: &'static str) -> impl FnOnce(Errno) -> PacketError {
+pub(super) fn at(step: &'static str) -> impl FnOnce(Errno) -> PacketError {
     move |errno| PacketError { step, errno }
 }
 
@@ -148,7 +148,18 @@ pub struct ReceiverOptions<'f> {
     /// Make the device take frames for any address.
     pub promiscuous: bool,
     /// Which frames to take at all.
-    pub filter: Option<&'f UplinkFilter>,
+    pub filter: Filter<'f>,
+}
+
+/// Which frames a receiver takes.
+#[derive(Debug, Clone, Copy)]
+pub enum Filter<'f> {
+    /// All.
+    All,
+    /// Those claimed.
+    Claimed(&'f UplinkFilter),
+    /// None yet: the receiver is to join others (`sys::fanout`).
+    Nothing,
 }
 
 /// A packet socket's receive ring on one device.
@@ -186,11 +197,10 @@ impl Receiver {
         // The kernel doubles what is asked for.
         set(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &((options.copy_queue / 2) as c_int))
             .map_err(at("size the receive queue"))?;
-        if let Some(filter) = options.filter {
-            filter.attach(fd).map_err(|error| PacketError {
-                step: "attach the socket filter",
-                errno: error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw),
-            })?;
+        match options.filter {
+            Filter::All => {}
+            Filter::Claimed(filter) => attach_filter(fd, filter)?,
+            Filter::Nothing => refuse_all(fd).map_err(at("attach a filter"))?,
         }
         let ring = Ring::new(fd, options.slots)?;
         bind(fd, index, libc::ETH_P_ALL as u16).map_err(at("bind to the device"))?;
@@ -344,10 +354,7 @@ impl Receiver {
     /// # Errors
     /// The kernel's, when out of memory: frames flow on.
     pub fn close_entrance(&self) -> Result<(), Errno> {
-        // BPF_RET | BPF_K with a length of 0: refuse every frame.
-        let mut refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
-        let program = libc::sock_fprog { len: 1, filter: &raw mut refuse };
-        set(self.socket.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+        refuse_all(self.socket.as_fd())
     }
 
     /// Takes the error a device that went down leaves on the socket, so that
@@ -357,6 +364,27 @@ impl Receiver {
         get(self.socket.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR, &mut error).ok()?;
         (error != 0).then(|| Errno::from_raw(error))
     }
+}
+
+/// Has a socket take the frames a filter claims, and no others.
+///
+/// # Errors
+/// [`PacketError`].
+pub(super) fn attach_filter(
+    socket: BorrowedFd<'_>,
+    filter: &UplinkFilter,
+) -> Result<(), PacketError> {
+    filter.attach(socket).map_err(|error| PacketError {
+        step: "attach the socket filter",
+        errno: error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw),
+    })
+}
+
+fn refuse_all(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    // BPF_RET | BPF_K with a length of 0: refuse every frame.
+    let mut refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut refuse };
+    set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
 impl AsFd for Receiver {
@@ -703,7 +731,12 @@ fn bound_to(socket: BorrowedFd<'_>) -> Result<c_int, Errno> {
     }
 }
 
-fn set<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &T) -> Result<(), Errno> {
+pub(super) fn set<T>(
+    socket: BorrowedFd<'_>,
+    level: c_int,
+    name: c_int,
+    value: &T,
+) -> Result<(), Errno> {
     // SAFETY: the value is valid for its length; every caller passes the plain
     // struct or int the option takes.
     let result = unsafe {
@@ -718,7 +751,12 @@ fn set<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &T) -> Resul
     Errno::result(result).map(drop)
 }
 
-fn get<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &mut T) -> Result<(), Errno> {
+pub(super) fn get<T>(
+    socket: BorrowedFd<'_>,
+    level: c_int,
+    name: c_int,
+    value: &mut T,
+) -> Result<(), Errno> {
     let mut length = size_of::<T>() as socklen_t;
     // SAFETY: the value is valid for writes of its length, and any bytes make a
     // valid value of the plain types callers pass.

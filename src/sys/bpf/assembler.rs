@@ -306,6 +306,13 @@ impl Program {
         self.push(CLASS_LD | MODE_ABS | width as u8, R0, R0, 0, i32::from(offset))
     }
 
+    /// The same from the Ethernet header on, wherever the context's data starts
+    /// (`SKF_LL_OFF`, include/uapi/linux/filter.h).
+    pub fn load_from_link_layer(&mut self, width: Width, offset: u16) -> &mut Self {
+        let offset = libc::SKF_LL_OFF + i32::from(offset);
+        self.push(CLASS_LD | MODE_ABS | width as u8, R0, R0, 0, offset)
+    }
+
     /// `destination = map`, the first argument of [`Helper::MapLookup`]. The map must
     /// stay open until the program is loaded; then the program holds it.
     pub fn load_map(&mut self, destination: Register, map: BorrowedFd<'_>) -> &mut Self {

@@ -27,9 +27,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// TPIDs by index; the claim bit is the index.
-const TPIDS: [u16; 4] = [0x8100, 0x88a8, 0x9100, 0x9200];
+pub(super) const TPIDS: [u16; 4] = [0x8100, 0x88a8, 0x9100, 0x9200];
 /// VIDs per TPID: the full range of 12 bits, reserved ones included.
-const VIDS: u32 = 4096;
+pub(super) const VIDS: u32 = 4096;
 /// Claim bit of frames without a tag, in entry 0.
 const UNTAGGED: i32 = 4;
 /// What the filter returns to keep a frame whole: a length cap in bytes.

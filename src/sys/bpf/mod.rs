@@ -1,8 +1,9 @@
 //! eBPF without a toolchain: assemble, load, attach.
 //!
-//! Three jobs need a program in the kernel. The **seal** on every tap keeps guest
+//! Four jobs need a program in the kernel. The **seal** on every tap keeps guest
 //! frames from the host's IP stack; the **uplink filter** keeps the host's own
-//! traffic out of our ring; the **kernel path** pops, pushes and redirects. Each is
+//! traffic out of our ring; **steering** names the
+//! worker a frame is for where there are several; the **kernel path** pops, pushes and redirects. Each is
 //! tens of instructions, so [`Program`] assembles them, [`load`] hands them to
 //! bpf(2), and these hook them in:
 //!
@@ -11,6 +12,7 @@
 //! | tc, TCX (Linux 6.6) | [`tcx::attach`] | detached, or the device goes: it survives us |
 //! | tc by clsact (Linux 4.5) | [`clsact::attach`] | the same |
 //! | socket filter | [`UplinkFilter::attach`] | the socket is closed |
+//! | fanout group | [`fanout::form`](super::fanout::form) | its last socket is closed |
 //! | XDP (benches, tests) | [`attach_xdp`] | the returned link is closed |
 //!
 //! [`attach_tc`] takes clsact, which attaches faster; [`move_to_tcx`] moves the program
@@ -26,6 +28,7 @@ mod assembler;
 mod filter;
 mod map;
 mod programs;
+mod steering;
 mod syscall;
 mod tc;
 mod xdp;
@@ -45,6 +48,7 @@ pub use programs::{
     vlan_pop_program, vlan_pop_redirect, vlan_push_program, vlan_push_redirect,
     xdp_count_drop_program, xdp_drop_program,
 };
+pub use steering::Steering;
 pub use syscall::{BpfError, CALLS, ProgramKind, load};
 pub use tc::{
     Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,

@@ -1,0 +1,69 @@
+//! PACKET_FANOUT: several packet sockets on one device, of which each frame reaches one
+//! (`packet(7)`, `fanout_add` and `packet_rcv_fanout` in `net/packet/af_packet.c`).
+//!
+//! Sockets have numbers in the order in which they joined, and a program answers with a
+//! number ([`Steering`]). When the device goes down the kernel takes the sockets out, and
+//! when it comes up puts them in again in the order in which they were *opened*
+//! (`packet_notifier`): so they must join in that order, or their numbers would change.
+//!
+//! A socket must be bound before it can join, and until all have joined frames would
+//! reach two of them, or the wrong one. So sockets that are to form a group are opened
+//! with a filter that refuses every frame ([`Filter::Nothing`]),
+//! and get theirs when the group is complete ([`form`]).
+//!
+//! What the host sends must not come back as if received. `PACKET_IGNORE_OUTGOING` of a
+//! member has no effect on a group; the group has a flag of its own for that since Linux
+//! 6.2, and before, where the flag is not known and ignored, the socket filter refuses
+//! outgoing frames.
+//!
+//! [`Filter::Nothing`]: super::packet::Filter::Nothing
+
+use super::bpf::{Steering, UplinkFilter};
+use super::packet::{PacketError, at, attach_filter, get, set};
+use libc::c_int;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+// include/uapi/linux/if_packet.h
+const FANOUT_EBPF: u32 = 7;
+const FLAG_IGNORE_OUTGOING: u32 = 0x4000;
+const FLAG_UNIQUE_ID: u32 = 0x2000;
+
+/// Makes a group of bound sockets that refuse every frame, numbered in this order, which
+/// is the one they were opened in; then lets frames in.
+///
+/// # Errors
+/// [`PacketError`] naming the step; the sockets are to be closed.
+pub fn form<'s>(
+    sockets: impl Iterator<Item = BorrowedFd<'s>> + Clone,
+    steering: &Steering,
+    filter: &UplinkFilter,
+) -> Result<(), PacketError> {
+    let mut group = None;
+    for socket in sockets.clone() {
+        let flags = FANOUT_EBPF | FLAG_IGNORE_OUTGOING;
+        let request = group.map_or((flags | FLAG_UNIQUE_ID) << 16, |id| flags << 16 | id);
+        set(socket, libc::SOL_PACKET, libc::PACKET_FANOUT, &request)
+            .map_err(at("share the uplink between workers"))?;
+        if group.is_none() {
+            let mut answer: c_int = 0;
+            get(socket, libc::SOL_PACKET, libc::PACKET_FANOUT, &mut answer)
+                .map_err(at("read back the group of the uplink's sockets"))?;
+            group = Some(answer.cast_unsigned() & 0xffff);
+            steer(socket, steering)?;
+        }
+    }
+    for socket in sockets {
+        attach_filter(socket, filter)?;
+    }
+    Ok(())
+}
+
+/// Has the group of this socket steered by this program from the next frame on.
+///
+/// # Errors
+/// [`PacketError`]: the socket is in no group.
+fn steer(socket: BorrowedFd<'_>, steering: &Steering) -> Result<(), PacketError> {
+    let program: c_int = steering.fd().as_raw_fd();
+    set(socket, libc::SOL_PACKET, libc::PACKET_FANOUT_DATA, &program)
+        .map_err(at("steer frames to workers"))
+}
