@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! NIC ─ kernel takes the outer 0x8100/0x88a8 tag out of the bytes
+//!     ─ several workers: whose is (TPID, VID)?  one socket gets it    sys::fanout
 //!     ─ socket filter: is (TPID, VID) claimed?  no: counted by VID, left to the host
 //!     ─ ring slot: [status, tag, lengths][virtio header][frame]       sys::packet
 //! worker, a burst of up to 64 frames:                             dataplane::worker

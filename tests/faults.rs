@@ -94,7 +94,9 @@ fn random_faults_keep_the_books() {
     // A run in which nothing happened would show nothing.
     assert!(seen.delivered > 30_000, "{seen:?}");
     assert!(seen.split > 1000, "{seen:?}");
-    for reason in DropReason::ALL {
+    // Between several workers only, and not counted by one of them: tests/workers.rs.
+    let reasons = DropReason::ALL.into_iter().filter(|one| *one != DropReason::WrongWorker);
+    for reason in reasons {
         assert!(seen.drops(reason) > 0, "{reason:?} never happened: {seen:?}");
     }
 }

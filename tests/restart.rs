@@ -355,7 +355,7 @@ fn a_stuck_worker_is_told_and_the_manager_hears_nothing() {
     println!("a stuck worker was noticed after {:?}", begin.elapsed());
     assert!(status().workers[0].stuck);
     let text = shown();
-    assert!(text.contains("worker 1 does not answer"), "{text}");
+    assert!(text.contains("worker 0 does not answer"), "{text}");
     // systemd would have it restarted now.
     eventually("the watchdog's time is over", || (manager.unpinged_for() > watchdog).then_some(()));
     drop(held);

@@ -86,6 +86,9 @@ pub struct Port {
     pub mtu: Option<u32>,
     /// What moves its frames.
     pub datapath: String,
+    /// The number of its worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<u32>,
     /// The highest fill of its receive ring over the last second, 0 to 1.
     pub ring_peak: f64,
     /// Guest to uplink.
@@ -148,6 +151,12 @@ pub struct Worker {
     /// Whether it does not answer: no frame is moved.
     #[serde(default)]
     pub stuck: bool,
+    /// How many ports it has.
+    #[serde(default)]
+    pub ports: u64,
+    /// The CPU it is bound to, if to one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<u32>,
 }
 
 /// The switch as a whole.
@@ -261,6 +270,8 @@ pub enum EventKind {
     Seal,
     /// A worker does not answer, or does again.
     Worker,
+    /// Ports have another worker.
+    PortMoved,
     /// The reader was too slow for some events.
     Missed,
 }
@@ -323,6 +334,14 @@ pub enum Request {
         map: String,
         /// Write it to the configuration file too.
         persist: Option<bool>,
+    },
+    /// Another worker for a port, and for those that share its outer VLAN.
+    #[serde(rename = "org.vlanswitchd.MovePort")]
+    MovePort {
+        /// Its device.
+        name: String,
+        /// The number of the worker.
+        worker: u32,
     },
     /// A port less.
     #[serde(rename = "org.vlanswitchd.RemovePort")]
@@ -387,6 +406,7 @@ impl Request {
             Self::AddPort { .. }
             | Self::RemovePort { .. }
             | Self::SetPort { .. }
+            | Self::MovePort { .. }
             | Self::Capture(_)
             | Self::ReloadConfig { .. }
             | Self::HandOver { .. } => true,

@@ -76,12 +76,16 @@ fn named(port: &PortConfig) -> String {
 ///
 /// # Errors
 /// [`StartError::FileLimit`].
-pub fn file_limit(ports: usize) -> Result<(), StartError> {
+pub fn file_limit(ports: usize, workers: usize) -> Result<(), StartError> {
     /// A receiving and a sending socket, and a handle to the former's counts.
     const FILES_PER_PORT: u64 = 3;
-    /// The uplink, maps, programs, netlink, epoll, and what the probe uses.
+    /// The same on the uplink, epoll and a waker: for each worker beside the first.
+    const FILES_PER_WORKER: u64 = 5;
+    /// The first one's, maps, programs, netlink, epoll, and what the probe uses.
     const FILES_BESIDES: u64 = 64;
-    let needed = ports as u64 * FILES_PER_PORT + FILES_BESIDES;
+    let theirs =
+        ports as u64 * FILES_PER_PORT + workers.saturating_sub(1) as u64 * FILES_PER_WORKER;
+    let needed = theirs + FILES_BESIDES;
     let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE).map_err(io::Error::from)?;
     setrlimit(Resource::RLIMIT_NOFILE, limit, limit).map_err(io::Error::from)?;
     if limit < needed { Err(StartError::FileLimit { ports, needed, limit }) } else { Ok(()) }

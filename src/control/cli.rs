@@ -2,7 +2,9 @@
 //! file is in [`config`](super::config).
 
 use crate::control::config::file::{GUEST_MTU, GUEST_MTUS};
-use crate::control::config::{Control, Datapath, Metrics, RingSize, SandboxMode};
+use crate::control::config::{
+    Control, Cpus, Datapath, Metrics, Rebalance, RingSize, SandboxMode, WorkerCount,
+};
 use crate::dataplane::PollMode;
 use clap::{ArgAction, Parser};
 use std::path::PathBuf;
@@ -57,6 +59,18 @@ pub struct Arguments {
     /// How frames are moved; auto takes the fastest path that works here [default: auto]
     #[arg(long, value_enum)]
     pub(super) datapath: Option<Datapath>,
+
+    /// How many threads move frames: each serves ports of its own; auto goes by CPUs and ports [default: auto]
+    #[arg(long, value_name = "N")]
+    pub(super) workers: Option<WorkerCount>,
+
+    /// Bind each of them to a CPU of this list, such as 2-5,8, in turn
+    #[arg(long, value_name = "LIST")]
+    pub(super) cpus: Option<Cpus>,
+
+    /// Whether ports change their worker when one has too much to do [default: on]
+    #[arg(long, value_enum)]
+    pub(super) rebalance: Option<Rebalance>,
 
     /// How to wait for frames [default: adaptive]
     #[arg(long, value_enum)]

@@ -555,6 +555,7 @@ mod tests {
             ifindex: Some(3),
             mtu: Some(65521),
             datapath: "packet".to_owned(),
+            worker: Some(0),
             ring_peak: 0.25,
             from_guest: flow.clone(),
             to_guest: flow,

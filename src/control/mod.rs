@@ -2,7 +2,9 @@
 //! daemon itself. It may block, allocate and log; nothing here is called per frame.
 
 pub mod accounts;
+mod affinity;
 pub mod api;
+mod balance;
 pub mod capture;
 mod checks;
 pub mod cli;
@@ -16,6 +18,7 @@ pub mod mapping;
 pub mod metrics;
 mod mtu;
 mod parallel;
+mod placement;
 pub mod privileges;
 mod probe;
 mod record;

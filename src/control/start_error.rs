@@ -27,6 +27,17 @@ pub enum StartError {
     /// Another vlanswitchd has the uplink.
     #[error("--uplink {0}: another vlanswitchd serves it; stop that one, or add the maps to it")]
     UplinkTaken(String),
+    /// A CPU that cannot be used.
+    #[error(
+        "--cpus: CPU {cpu} is not online, or not for this process: it may use {allowed}; name \
+         some of these, or change its CPU affinity (CPUAffinity=, AllowedCPUs= in the service)"
+    )]
+    Cpu {
+        /// Its number.
+        cpu: usize,
+        /// Those that can be used.
+        allowed: String,
+    },
     /// Too few file descriptors.
     #[error(
         "{ports} ports take {needed} open files, and the limit is {limit}: raise it with \
@@ -118,6 +129,7 @@ impl StartError {
                 | Self::PortNotEthernet(_)
                 | Self::ReservedName(_)
                 | Self::InternalTaken(_)
+                | Self::Cpu { .. }
         )
     }
 }

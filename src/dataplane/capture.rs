@@ -14,6 +14,10 @@
 //! it afterwards: the latest record of a sink stays open until the next. A sink for
 //! drops only takes its latest record back if no reason came.
 //!
+//! With several workers each has a [`Sink`] of the capture ([`Sink::another`]), and their
+//! chunks share the channels: the reader gets them as they come, so records of one port
+//! are in order, and those of ports on different workers may be a chunk apart.
+//!
 //! Super-frames are recorded as they pass, whole and with unfinished checksums.
 
 use crate::frame::vnet::VNET_HEADER_LEN;
@@ -88,7 +92,7 @@ pub enum Direction {
 /// One frame as it was captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Record<'c> {
-    /// Nanoseconds since 1970. Never less than those of the record before.
+    /// Nanoseconds since 1970. Never less than those of the record of the same worker before.
     pub time: u64,
     /// The port, or `None` for the uplink.
     pub interface: Option<PortIndex>,
@@ -203,7 +207,7 @@ impl Chunk {
 #[derive(Debug)]
 struct Shared {
     /// Frames missed, by interface: the uplink, the ports, and last the ports that
-    /// came later. The worker writes.
+    /// came later. The workers write.
     missed: Box<[AtomicU64]>,
     /// The reader has had enough.
     closed: AtomicBool,
@@ -325,6 +329,21 @@ impl Drop for Source {
 }
 
 impl Sink {
+    /// A sink of the same capture, for another worker.
+    #[must_use]
+    pub fn another(&self) -> Self {
+        Self {
+            selection: self.selection,
+            snaplen: self.snaplen,
+            full: self.full.clone(),
+            empty: self.empty.clone(),
+            chunk: None,
+            latest: Latest::Settled,
+            shared: Arc::clone(&self.shared),
+            started: self.started,
+        }
+    }
+
     /// Records a frame, given in pieces, and leaves the record open.
     fn record(&mut self, at: At, reason: Option<DropReason>, frame: [&[u8]; 3]) {
         self.settle();
@@ -394,7 +413,7 @@ impl Sink {
 
     fn miss(&self, interface: Option<PortIndex>) {
         if let Some(count) = self.shared.missed_at(interface) {
-            count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            count.fetch_add(1, Ordering::Relaxed);
         }
     }
 

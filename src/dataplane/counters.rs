@@ -130,6 +130,11 @@ impl FlowCounters {
         self.overruns.add(frames);
     }
 
+    /// Frames the kernel dropped before we saw them.
+    pub fn overruns(&self) -> u64 {
+        self.overruns.get()
+    }
+
     /// Goes on from what another process has counted. Not while a worker counts.
     pub fn restore(&self, flow: &FlowSnapshot) {
         self.in_frames.add(flow.in_frames);
@@ -187,6 +192,19 @@ pub struct FlowSnapshot {
 }
 
 impl FlowSnapshot {
+    /// Adds what another worker has counted of the same flow.
+    pub fn add(&mut self, other: &Self) {
+        self.in_frames += other.in_frames;
+        self.in_bytes += other.in_bytes;
+        self.split_frames += other.split_frames;
+        self.out_frames += other.out_frames;
+        self.out_bytes += other.out_bytes;
+        for (sum, frames) in self.drops.iter_mut().zip(other.drops) {
+            *sum += frames;
+        }
+        self.send_error = self.send_error.or(other.send_error);
+    }
+
     /// All drops.
     pub fn dropped(&self) -> u64 {
         self.drops.iter().sum()

@@ -2,6 +2,7 @@
 
 use super::capture::Sink;
 use super::counters::{PortShared, WorkerShared};
+use super::worker::Slot;
 use crate::port::Device;
 use crate::switch::{PortIndex, Table};
 use crossbeam_channel::{Receiver, Sender};
@@ -23,6 +24,16 @@ pub enum Command {
     Add(PortIndex, Arc<PortShared>),
     /// Decide by this table from now on; answered by [`Notice::Switched`] with the number.
     Switch(u64, Arc<Table>),
+    /// Leave the uplink's frames in their ring until [`Command::Take`]: a port comes from
+    /// another worker, and the other one's frames for it go first. Answered by
+    /// [`Notice::Held`]. Guests are served on, and so is the ring if it gets too full.
+    Hold,
+    /// Serve the uplink until what has arrived for these ports is with their guests, and
+    /// give the ports away as they are; answered by [`Notice::Given`]. What comes for them
+    /// after that is counted to the place in their stead.
+    Give(Vec<PortIndex>, Arc<PortShared>),
+    /// Serve these ports from now on, and the uplink again.
+    Take(Vec<(PortIndex, Slot)>),
     /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
     Capture(Box<Sink>),
     /// Give all devices back as they are, at once, and end: another process goes on.
@@ -40,6 +51,10 @@ pub enum Notice {
     Departed(Departed),
     /// The table of this number is in force.
     Switched(u64),
+    /// The uplink waits.
+    Held,
+    /// Ports, with all that belongs to them.
+    Given(Vec<(PortIndex, Slot)>),
 }
 
 /// A device a worker has given back, or could not take.
@@ -76,20 +91,17 @@ impl WorkerHandle {
 
     /// Stops the worker and waits for it; returns the devices it still had.
     pub fn finish(self) -> Vec<Departed> {
-        self.end_by(Command::Stop)
+        self.send(Command::Stop);
+        self.join()
     }
 
-    /// Stops the worker where it is; returns the devices it had.
-    pub fn freeze(self) -> Vec<Departed> {
-        self.end_by(Command::Freeze)
-    }
-
-    fn end_by(self, command: Command) -> Vec<Departed> {
-        self.send(command);
+    /// Waits for the end of a worker that was told to [`Command::Stop`] or
+    /// [`Command::Freeze`]; returns the devices it still had.
+    pub fn join(self) -> Vec<Departed> {
         let _ = self.thread.join();
         let departed = self.notices.try_iter().filter_map(|notice| match notice {
             Notice::Departed(departed) => Some(departed),
-            Notice::Switched(_) => None,
+            Notice::Switched(_) | Notice::Held | Notice::Given(_) => None,
         });
         departed.collect()
     }

@@ -45,6 +45,8 @@ const ROUNDS_TO_COOL: u32 = 64;
 /// `ring_overrun`.
 const DRAIN_TIME: Duration = Duration::from_millis(20);
 
+mod moves;
+
 /// What the loop takes, beside what its devices do.
 pub const CALLS: &[Call] = &[
     #[cfg(target_arch = "x86_64")]
@@ -90,9 +92,12 @@ impl Slot {
 /// The loop and all it owns.
 #[derive(Debug)]
 pub struct Worker {
+    name: String,
     table: Arc<Table>,
     uplink: Option<Box<Device>>,
     uplink_shared: Arc<UplinkShared>,
+    /// The uplink's frames wait for a port that comes from another worker.
+    held: bool,
     uplink_shed: Option<Instant>,
     slots: Vec<Slot>,
     hot: Vec<PortIndex>,
@@ -125,9 +130,11 @@ impl Worker {
         let (command_sender, commands) = crossbeam_channel::unbounded();
         let (notices, notice_receiver) = crossbeam_channel::unbounded();
         let mut worker = Self {
+            name: "worker".to_owned(),
             table,
             uplink: None,
             uplink_shared,
+            held: false,
             uplink_shed: None,
             hot: Vec::with_capacity(slots.len()),
             slots,
@@ -147,6 +154,12 @@ impl Worker {
         Ok((worker, command_sender, notice_receiver))
     }
 
+    /// The same, to run in a thread of this name.
+    #[must_use]
+    pub fn named(self, name: String) -> Self {
+        Self { name, ..self }
+    }
+
     /// Starts the loop on a thread of its own, which does `begin` first.
     ///
     /// # Errors
@@ -159,7 +172,7 @@ impl Worker {
     ) -> Result<WorkerHandle, WorkerError> {
         let waker = Arc::new(Waker::new(self.poll.registry(), WAKER)?);
         let shared = Arc::clone(&self.shared);
-        let thread = std::thread::Builder::new().name("worker".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
             begin();
             self.run();
         })?;
@@ -226,6 +239,13 @@ impl Worker {
         let Some(uplink) = self.uplink.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
+        if self.held {
+            if moves::has_room(uplink) {
+                return false;
+            }
+            // Others' frames are not lost for the sake of one port.
+            self.held = false;
+        }
         // Below a burst there is no backlog worth a look.
         if uplink.has_burst() {
             self.uplink_shared.ring_peak.note(uplink.ring_fill());
@@ -365,6 +385,9 @@ impl Worker {
                     self.police();
                     let _ = self.notices.send(Notice::Switched(number));
                 }
+                Command::Hold => self.hold(),
+                Command::Give(ports, instead) => self.give(&ports, &instead),
+                Command::Take(ports) => self.take(ports),
                 Command::Capture(sink) => self.capture(sink),
                 Command::Freeze => {
                     self.freeze();
@@ -412,10 +435,7 @@ impl Worker {
         if self.device(port).is_some() {
             self.detach(port, Instant::now());
         }
-        let token = port.map_or(UPLINK, Token);
-        let registered = device.poll_fd().map_or(Ok(()), |fd| {
-            self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
-        });
+        let registered = self.watch_device(port, &device);
         let place = match port {
             None => Some(&mut self.uplink),
             Some(port) => self.slots.get_mut(port).map(|slot| &mut slot.device),
@@ -429,6 +449,21 @@ impl Worker {
         }
         if let Some(port) = port {
             heat(&mut self.slots, &mut self.hot, port);
+        }
+    }
+
+    /// Has epoll name a device that has frames.
+    fn watch_device(&self, port: Option<PortIndex>, device: &Device) -> io::Result<()> {
+        let token = port.map_or(UPLINK, Token);
+        device.poll_fd().map_or(Ok(()), |fd| {
+            self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
+        })
+    }
+
+    /// Ends that: another may hold a duplicate that would keep the entry alive.
+    fn forget_device(&self, device: &Device) {
+        if let Some(fd) = device.poll_fd() {
+            let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
         }
     }
 
@@ -461,10 +496,7 @@ impl Worker {
         }
         let device = self.take_device(port);
         if let Some(device) = &device {
-            if let Some(fd) = device.poll_fd() {
-                // Control may hold a duplicate that would keep the entry alive.
-                let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
-            }
+            self.forget_device(device);
             let flow = match port {
                 None => Some(&self.uplink_shared.from_wire),
                 Some(port) => self.slots.get(port).map(|slot| &slot.shared.from_guest),

@@ -38,6 +38,8 @@ pub enum DropReason {
     RingOverrun,
     /// The kernel refused the frame for another cause.
     SendFailed,
+    /// It came to a worker that does not have the port.
+    WrongWorker,
 }
 
 impl DropReason {
@@ -45,7 +47,7 @@ impl DropReason {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All reasons, in the order of [`DropReason::index`].
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::UnmappedVlan,
         Self::TaggedOnAccess,
         Self::InnerTag,
@@ -63,6 +65,7 @@ impl DropReason {
         Self::UplinkQueueFull,
         Self::RingOverrun,
         Self::SendFailed,
+        Self::WrongWorker,
     ];
 
     /// Position in [`DropReason::ALL`] and in arrays of counters.
@@ -91,6 +94,7 @@ impl DropReason {
             Self::UplinkQueueFull => "uplink_queue_full",
             Self::RingOverrun => "ring_overrun",
             Self::SendFailed => "send_failed",
+            Self::WrongWorker => "wrong_worker",
         }
     }
 
@@ -130,6 +134,9 @@ impl DropReason {
             }
             Self::RingOverrun => "the kernel's receive ring was full; the switch needs more CPU",
             Self::SendFailed => "the kernel refused the frame; the counters name its last error",
+            Self::WrongWorker => {
+                "the frame met a worker that does not have its port, while the port was being moved"
+            }
         }
     }
 }

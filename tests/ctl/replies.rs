@@ -42,6 +42,7 @@ pub fn port(name: &str, vlans: &str, state: &str) -> Port {
         ifindex: there.map(|()| 12),
         mtu: there.map(|()| 1500),
         datapath: "packet".to_owned(),
+        worker: Some(0),
         ring_peak: 0.034,
         from_guest: flow(1_234_567, &[("vlan_not_allowed", 12)]),
         to_guest: flow(7_654_321, &[]),

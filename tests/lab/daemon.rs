@@ -90,6 +90,11 @@ impl Daemon {
         if !arguments.contains(&"--control") {
             command.args(["--control", "none"]);
         }
+        // The same tests with several workers: VLANSWITCHD_WORKERS=2.
+        let workers = std::env::var("VLANSWITCHD_WORKERS").ok();
+        if let Some(workers) = workers.filter(|_| !arguments.contains(&"--workers")) {
+            command.args(["--workers", &workers]);
+        }
         Self::start_command(command)
     }
 

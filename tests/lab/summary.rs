@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Every reason a frame may be dropped for (the closed set of the design).
-pub const REASONS: [&str; 17] = [
+pub const REASONS: [&str; 18] = [
     "unmapped_vlan",
     "tagged_on_access",
     "inner_tag",
@@ -22,6 +22,7 @@ pub const REASONS: [&str; 17] = [
     "uplink_queue_full",
     "ring_overrun",
     "send_failed",
+    "wrong_worker",
 ];
 
 /// Frames one way: in, out, and lost on the way by reason.

@@ -139,6 +139,14 @@ Examples:
         persist: bool,
     },
 
+    /// Give a port another worker, and with it the ports that share its outer VLAN
+    Move {
+        /// The port's device
+        name: String,
+        /// The number of the worker, from 0
+        worker: u32,
+    },
+
     /// Change a port's VLANs or options, all in one step
     #[command(after_help = "\
 KEY is `vlan`, or an option of the map: mode, native, tpid, pcp, ...

@@ -31,6 +31,7 @@ fn tone(kind: EventKind) -> Tone {
         EventKind::PortAdded
         | EventKind::PortRemoved
         | EventKind::PortChanged
+        | EventKind::PortMoved
         | EventKind::Config => Tone::Plain,
     }
 }

@@ -26,6 +26,10 @@ pub fn run(context: &Context, command: PortCommand) -> Outcome {
             let request = Request::SetPort { name, changes, persist: asked(persist) };
             changed(context, "changed", persist, &request)?;
         }
+        PortCommand::Move { name, worker } => {
+            let request = Request::MovePort { name, worker };
+            changed(context, "moved", false, &request)?;
+        }
         PortCommand::Remove { name, persist } => {
             let request = Request::RemovePort { name: name.clone(), persist: asked(persist) };
             if let Some(NotesReply { notes }) = context.ask(&request)? {
@@ -55,10 +59,18 @@ fn list(context: &Context) -> Result<(), crate::context::Failure> {
             (port.state.clone(), Tone::of_state(&port.state)),
             (since(port.since), Tone::Plain),
             (mtu, Tone::Plain),
-            (port.datapath.clone(), Tone::Plain),
+            (moved_by(port), Tone::Plain),
         ]);
     }
     context.print(&sheet.render(context.colours))
+}
+
+/// What moves a port's frames; the first worker, most often the only one, is not told.
+fn moved_by(port: &Port) -> String {
+    match port.worker {
+        Some(worker) if worker > 0 => format!("{}, worker {worker}", port.datapath),
+        _ => port.datapath.clone(),
+    }
 }
 
 fn changed(
@@ -94,7 +106,7 @@ pub fn describe(port: &Port, colours: bool) -> String {
         "datapath  ",
         &format!(
             "{}; receive ring at most {} full in the last second",
-            port.datapath,
+            moved_by(port),
             percent(port.ring_peak)
         ),
     ));

@@ -43,8 +43,15 @@ fn describe(status: &Status, colours: bool) -> String {
     for (number, _) in status.workers.iter().enumerate().filter(|(_, worker)| worker.stuck) {
         text.push_str(&fold(
             "stuck       ",
-            &format!("worker {} does not answer: no frame is being forwarded", number + 1),
+            &format!("worker {number} does not answer: no frame is being forwarded"),
         ));
+    }
+    if let [_, _, ..] = status.workers.as_slice() {
+        let described = status.workers.iter().enumerate().map(|(number, worker)| {
+            let cpu = worker.cpu.map(|cpu| format!(" on CPU {cpu}")).unwrap_or_default();
+            format!("{number}{cpu} with {} ports", worker.ports)
+        });
+        text.push_str(&fold("workers     ", &described.collect::<Vec<_>>().join(", ")));
     }
     text.push_str(&fold("datapath    ", &status.datapath));
     text.push_str(&fold("file        ", config));

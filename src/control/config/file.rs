@@ -7,7 +7,10 @@
 //! line: the file has no grammar of its own beyond TOML's.
 
 use super::schema::{self, Kinds, PORT_TABLE, SECTIONS, SWITCH_TABLE, UPLINK_TABLE};
-use super::settings::{Control, Datapath, LogFormat, Metrics, RingSize, SandboxMode, word};
+use super::settings::{
+    Control, Cpus, Datapath, LogFormat, Metrics, Rebalance, RingSize, SandboxMode, WorkerCount,
+    word,
+};
 use crate::control::mapping::{Origin, PortSpec, one_line, parse_tpid};
 use crate::dataplane::PollMode;
 use crate::frame::Tpid;
@@ -57,6 +60,12 @@ pub struct FileConfig {
     pub set_mtu: Option<u32>,
     /// How frames are moved.
     pub datapath: Option<Datapath>,
+    /// How many workers there are.
+    pub workers: Option<WorkerCount>,
+    /// The CPUs they are bound to.
+    pub cpus: Option<Cpus>,
+    /// Whether ports change their worker by load.
+    pub rebalance: Option<Rebalance>,
     /// How to wait for frames.
     pub poll: Option<PollMode>,
     /// Memory of a port's receive ring.
@@ -273,6 +282,15 @@ impl Reader<'_> {
                     .map_err(|_| format!("{text} is no TPID: write {}", schema::TPIDS)),
                 "set-mtu" => guest_mtu(&text).map(|mtu| config.set_mtu = mtu),
                 "datapath" => word(&text).map(|datapath| config.datapath = Some(datapath)),
+                "workers" => text
+                    .parse()
+                    .map(|workers| config.workers = Some(workers))
+                    .map_err(|error| format!("{error}")),
+                "cpus" => text
+                    .parse()
+                    .map(|cpus| config.cpus = Some(cpus))
+                    .map_err(|error| format!("{error}")),
+                "rebalance" => word(&text).map(|rebalance| config.rebalance = Some(rebalance)),
                 "poll" => word(&text).map(|poll| config.poll = Some(poll)),
                 "ring-size" => text
                     .parse()

@@ -25,7 +25,10 @@ pub mod show;
 #[cfg(test)]
 mod tests;
 
-pub use settings::{Control, Datapath, LogFormat, Metrics, RingSize, SandboxMode};
+pub use settings::{
+    Control, Cpus, Datapath, LogFormat, Metrics, Rebalance, RingSize, SandboxMode, WORKERS_MAX,
+    WorkerCount,
+};
 
 use crate::control::cli::Arguments;
 use crate::control::mapping::{self, MapError, MapProblem, PortConfig, PortSpec, Uplink};
@@ -54,6 +57,12 @@ pub struct Config {
     pub tpid: Tpid,
     /// How frames are moved.
     pub datapath: Datapath,
+    /// How many workers there are.
+    pub workers: WorkerCount,
+    /// The CPUs they are bound to, in their order; none for wherever they like.
+    pub cpus: Vec<usize>,
+    /// Whether ports change their worker by load.
+    pub rebalance: Rebalance,
     /// How to wait for frames.
     pub poll: PollMode,
     /// Memory of a port's receive ring.
@@ -249,6 +258,9 @@ impl Config {
                 table,
                 tpid,
                 datapath: arguments.datapath.or(told.datapath).unwrap_or(Datapath::Auto),
+                workers: arguments.workers.or(told.workers).unwrap_or_default(),
+                cpus: arguments.cpus.clone().or(told.cpus).unwrap_or_default().0,
+                rebalance: arguments.rebalance.or(told.rebalance).unwrap_or(Rebalance::On),
                 poll: arguments.poll.or(told.poll).unwrap_or(PollMode::Adaptive),
                 ring_size: arguments.ring_size.or(told.ring_size).unwrap_or_default(),
                 set_uplink_mtu: arguments.set_uplink_mtu.or(told.set_mtu),
@@ -290,6 +302,14 @@ impl Config {
                 "datapath",
                 settings::name(&self.datapath),
                 Some(settings::name(&Datapath::Auto)),
+            ),
+            fixed(switch, "workers", self.workers.to_string(), Some("auto".to_owned())),
+            fixed(switch, "cpus", Cpus(self.cpus.clone()).to_string(), Some(String::new())),
+            fixed(
+                switch,
+                "rebalance",
+                settings::name(&self.rebalance),
+                Some(settings::name(&Rebalance::On)),
             ),
             fixed(
                 switch,

@@ -47,6 +47,9 @@ const UPLINK_KEYS: &[Key] = &[
 ];
 const SWITCH_KEYS: &[Key] = &[
     key("datapath", TEXT, "\"auto\" or \"packet\""),
+    key("workers", NUMBER, "a number from 1 to 64, or \"auto\""),
+    key("cpus", NUMBER, "a number, or in quotes a list such as \"2-5,8\""),
+    key("rebalance", ON_OFF, "\"on\" or \"off\""),
     key("poll", TEXT, "\"adaptive\", \"busy\" or \"sleep\""),
     key("ring-size", NUMBER, "bytes in quotes, such as \"512k\" or \"4M\", or \"auto\""),
     key("control", TEXT, "a path in quotes, or \"none\""),

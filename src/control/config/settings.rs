@@ -42,6 +42,97 @@ pub enum SandboxMode {
     Off,
 }
 
+/// Whether ports change their worker when one has too much to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rebalance {
+    /// They do, by measured load
+    On,
+    /// They stay
+    Off,
+}
+
+/// The most workers there can be.
+pub const WORKERS_MAX: usize = 64;
+
+/// How many workers move frames (`--workers`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WorkerCount {
+    /// By the number of CPUs and ports.
+    #[default]
+    Auto,
+    /// So many.
+    Number(usize),
+}
+
+impl fmt::Display for WorkerCount {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => formatter.write_str("auto"),
+            Self::Number(workers) => workers.fmt(formatter),
+        }
+    }
+}
+
+impl FromStr for WorkerCount {
+    type Err = BadSetting;
+
+    fn from_str(text: &str) -> Result<Self, BadSetting> {
+        match text.parse() {
+            _ if text == "auto" => Ok(Self::Auto),
+            Ok(workers) if (1..=WORKERS_MAX).contains(&workers) => Ok(Self::Number(workers)),
+            _ => Err(BadSetting(format!(
+                "'{text}' is no number of workers: write a number from 1 to {WORKERS_MAX}, or auto"
+            ))),
+        }
+    }
+}
+
+/// The CPUs workers are bound to, in their order (`--cpus`).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Cpus(pub Vec<usize>);
+
+impl fmt::Display for Cpus {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        formatter.write_str(&texts.join(","))
+    }
+}
+
+impl FromStr for Cpus {
+    type Err = BadSetting;
+
+    fn from_str(text: &str) -> Result<Self, BadSetting> {
+        parse_cpus(text).map(Self)
+    }
+}
+
+/// The highest number a CPU can have: what the kernel's masks hold here.
+const CPU_MAX: usize = 1023;
+
+/// Reads a list of CPUs such as `0-3,8`, as the kernel writes them too.
+///
+/// # Errors
+/// [`BadSetting`] that says how to write one.
+pub fn parse_cpus(text: &str) -> Result<Vec<usize>, BadSetting> {
+    let refused = || {
+        BadSetting(format!(
+            "'{text}' is no list of CPUs: write numbers from 0 to {CPU_MAX} and ranges such as \
+             2-5,8, each CPU once"
+        ))
+    };
+    let mut cpus = Vec::new();
+    for range in text.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) =
+            (first.parse().map_err(|_| refused())?, last.parse().map_err(|_| refused())?);
+        if first > last || last > CPU_MAX || (first..=last).any(|cpu| cpus.contains(&cpu)) {
+            return Err(refused());
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(cpus)
+}
+
 impl ValueEnum for PollMode {
     fn value_variants<'a>() -> &'a [Self] {
         &[Self::Adaptive, Self::Busy, Self::Sleep]
@@ -302,6 +393,21 @@ mod tests {
         }
         for ports in 1..5000 {
             assert!(size.slots(ports).is_multiple_of(BURST), "{ports} ports");
+        }
+    }
+
+    #[test]
+    fn workers_and_cpus_are_numbers() {
+        assert_eq!("auto".parse::<WorkerCount>().unwrap(), WorkerCount::Auto);
+        assert_eq!("64".parse::<WorkerCount>().unwrap(), WorkerCount::Number(64));
+        for text in ["0", "65", "-1", "", "Auto"] {
+            let error = text.parse::<WorkerCount>().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("'{text}' is no number of workers: ")), "{error}");
+        }
+        assert_eq!("8,2-4".parse::<Cpus>().unwrap(), Cpus(vec![8, 2, 3, 4]));
+        for text in ["", "1,", "3-1", "a", "1,1", "1-3,2", "1024", "-1"] {
+            let error = text.parse::<Cpus>().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("'{text}' is no list of CPUs: ")), "{error}");
         }
     }
 

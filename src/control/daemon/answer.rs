@@ -77,6 +77,10 @@ impl Daemon {
                 let reply = self.add_port(&map, persist.unwrap_or(false))?;
                 self.server.reply(client, &reply);
             }
+            Request::MovePort { name, worker } => {
+                let reply = self.move_port(&name, worker)?;
+                self.server.reply(client, &reply);
+            }
             Request::RemovePort { name, persist } => {
                 let notes = self.remove_port(&name, persist.unwrap_or(false))?;
                 self.server.reply(client, &NotesReply { notes });
@@ -202,7 +206,7 @@ impl Daemon {
         }
     }
 
-    fn port_called(&mut self, name: &str) -> Result<api::Port, Refusal> {
+    pub(super) fn port_called(&mut self, name: &str) -> Result<api::Port, Refusal> {
         self.count_overruns();
         let name = name.strip_prefix("internal:").unwrap_or(name);
         match self.ports.by_device(name) {
@@ -231,6 +235,7 @@ impl Daemon {
             ifindex: port.index(),
             mtu: link.map(|link| link.mtu),
             datapath: "packet".to_owned(),
+            worker: Some(port.worker as u32),
             ring_peak: watched.ring_peak,
             from_guest: shared.from_guest.snapshot().into(),
             to_guest: shared.to_guest.snapshot().into(),
@@ -248,13 +253,13 @@ impl Daemon {
             (sent(|flow| flow.out_frames), sent(|flow| flow.out_bytes));
         api::Uplink {
             name: self.name.clone(),
-            state: self.uplink.shared.link.state().name().to_owned(),
+            state: self.workers.uplink_state().name().to_owned(),
             since: self.uplink.watched.since,
             ifindex: index,
             mtu: link.map(|link| link.mtu),
             mtu_needed: checks::required_mtu(&self.config.ports),
             ring_peak: self.uplink.watched.ring_peak,
-            from_wire: self.uplink.shared.from_wire.snapshot().into(),
+            from_wire: self.workers.uplink_flow().into(),
             to_wire: Sent { out_frames: frames, out_bytes: bytes },
         }
     }
@@ -270,7 +275,14 @@ impl Daemon {
     }
 
     fn workers(&self) -> Vec<api::Worker> {
-        vec![api::Worker { load: self.watched_worker.load, stuck: self.heartbeat.is_stuck() }]
+        let seats = self.workers.iter().enumerate();
+        let shown = seats.map(|(number, seat)| api::Worker {
+            load: seat.watched.load,
+            stuck: seat.heartbeat.is_stuck(),
+            ports: self.ports.iter().filter(|(_, port)| port.worker == number).count() as u64,
+            cpu: seat.cpu.map(|cpu| cpu as u32),
+        });
+        shown.collect()
     }
 
     /// All counters.
@@ -301,7 +313,7 @@ impl Daemon {
             pid: std::process::id(),
             started: self.started,
             uplink: self.name.clone(),
-            uplink_state: self.uplink.shared.link.state().name().to_owned(),
+            uplink_state: self.workers.uplink_state().name().to_owned(),
             datapath: "packet".to_owned(),
             ports,
             workers: self.workers(),
@@ -329,7 +341,7 @@ impl Daemon {
                 &watched.outgoing,
             ));
         }
-        let from_wire = self.uplink.shared.from_wire.snapshot();
+        let from_wire = self.workers.uplink_flow();
         drops.extend(drops_of(&self.name, "from_wire", &from_wire, &self.uplink.watched.incoming));
         drops
     }

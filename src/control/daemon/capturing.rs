@@ -84,8 +84,8 @@ impl Daemon {
         let prepared = Session::prepare(source, self.captures.names.clone(), options)
             .map_err(|error| Refusal::failed(format!("no thread for a capture: {error}")))?;
         let Some(stream) = self.server.hand_over(client) else { return Ok(()) };
-        // What the reader is told first, it is told when the worker has been told.
-        self.command(Command::Capture(Box::new(sink)));
+        // What the reader is told first, it is told when the workers have been told.
+        self.workers.send_all(|| Command::Capture(Box::new(sink.another())));
         let session = prepared.start(CaptureStream::new(stream));
         self.captures.sessions.push((place, session));
         info!("capturing: {}", wanted.port.as_deref().unwrap_or("everything"));

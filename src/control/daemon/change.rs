@@ -15,11 +15,9 @@ use crate::control::checks;
 use crate::control::config::{Config, ConfigErrors, diff};
 use crate::control::mapping::{DeviceKind, PortConfig};
 use crate::control::start_error::StartError;
-use crate::dataplane::Command;
 use crate::frame::{Tpid, Vid};
 use crate::switch::{PortIndex, Table};
 use std::collections::HashSet;
-use std::sync::Arc;
 use thiserror::Error;
 use tracing::warn;
 
@@ -168,23 +166,21 @@ impl Daemon {
             }
         };
         // From here on nothing can fail.
+        self.bring_together(&positions, &changed);
         for position in &positions {
             if let Some(port) = self.ports.get(*position) {
-                self.command(Command::Add(*position, Arc::clone(&port.shared)));
+                self.workers.add(*position, port.worker, &port.shared);
             }
         }
         let before = std::mem::replace(&mut self.claims, Claims::of(&table));
         self.claim(&before, &self.claims, false);
         // One after the other in one go of the worker: what guests that go have sent
         // still goes by the old table, and nobody is without a port in between.
-        for position in &removed {
-            self.command(Command::Detach(Some(*position)));
-        }
-        self.tables += 1;
-        self.command(Command::Switch(self.tables, Arc::new(table)));
         let gone: Vec<_> = removed.iter().copied().map(Some).collect();
+        self.ask_back(&gone);
+        self.switch_tables(table);
         let departed = self.await_departures(&gone);
-        self.await_switch(self.tables);
+        self.await_switch();
         self.attach_ports(opened);
         self.claim(&self.claims, &before, true);
         self.name_interfaces();
@@ -223,7 +219,7 @@ impl Daemon {
     fn plan(&mut self, new: &Config) -> Result<Plan, ChangeError> {
         self.follow_links();
         let diff = diff::ports(&self.config.ports, &new.ports);
-        checks::file_limit(new.ports.len())?;
+        checks::file_limit(new.ports.len(), self.workers.len())?;
         for (old, new) in &diff.changed {
             if (old.kind == DeviceKind::Internal) != (new.kind == DeviceKind::Internal) {
                 return Err(ChangeError::OtherKind(new.device.clone()));

@@ -1,28 +1,22 @@
 //! Devices in and out of the worker: creating taps, making devices ready, attaching
 //! them, and giving them back.
 
-use super::Daemon;
 use super::ports::Attached;
+use super::{Daemon, Uplink};
 use crate::control::checks;
 use crate::control::host::{FoundPort, Sealing};
 use crate::control::links::LinkState;
 use crate::control::mapping::DeviceKind;
 use crate::control::parallel::{beside, in_parallel};
 use crate::control::start_error::StartError;
-use crate::dataplane::{Command, Departed, Notice, WorkerHandle};
+use crate::dataplane::Command;
 use crate::port::{Device, DevicePart, DeviceState, InternalPort, Link, NetdevOptions, NetdevPort};
 use crate::switch::PortIndex;
 use crate::sys::packet::KernelCounter;
 use crate::sys::tap::{self, TapOptions};
 use nix::net::if_::if_nametoindex;
-use std::collections::HashSet;
-use std::time::{Duration, Instant};
+use std::io;
 use tracing::{debug, info, warn};
-
-/// How long a worker may take to answer.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long it may forward what a device has received.
-const DRAIN_PATIENCE: Duration = Duration::from_millis(20);
 
 /// A tap this run created.
 #[derive(Debug)]
@@ -215,7 +209,7 @@ impl Daemon {
     /// Gives opened devices to the worker, which must know their ports.
     pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) {
         let devices = self.enter_ports(opened);
-        self.command(Command::Attach(devices));
+        self.attach_devices(devices);
     }
 
     /// Enters opened devices in our books, from which moment frames for them are not
@@ -295,39 +289,63 @@ impl Daemon {
     }
 
     pub(super) fn attach_uplink(&mut self, link: &LinkState) -> Result<(), StartError> {
+        if !link.up && self.uplink.steering.is_some() {
+            // A group of sockets cannot be made before (Linux 6.13 could).
+            if self.workers.uplink_state() != DeviceState::Down {
+                warn!("uplink {0} is down: `ip link set {0} up`", self.name);
+                self.workers.publish_uplink(Some(link));
+            }
+            return Ok(());
+        }
         let found = self.host.prepare_uplink(link, self.uplink.mtu)?;
-        let opened = open(link, NetdevOptions::Uplink(&self.uplink.filter))
-            .and_then(|device| Ok((device.kernel_counter()?, device)));
-        let (counter, device) = match opened {
+        let (counters, devices) = match self.open_uplink(link) {
             Ok(opened) => opened,
             Err(error) => {
                 self.host.give_uplink_back(&found);
                 return Err(error);
             }
         };
-        self.uplink.slots = device.position().1;
+        self.uplink.slots = devices.first().map_or(0, |device| device.position().1);
         let now = self.host.link(link.index).unwrap_or_else(|_| link.clone());
-        publish(&self.uplink.shared.link, Some(&now));
-        self.uplink.watched.see_state(self.uplink.shared.link.state());
+        self.workers.publish_uplink(Some(&now));
+        self.uplink.watched.see_state(self.workers.uplink_state());
         if !now.up {
             warn!("uplink {0} is down: `ip link set {0} up`", self.name);
         }
-        self.uplink.attached = Some((link.index, counter, found));
-        self.command(Command::Attach(vec![(None, Box::new(device))]));
+        self.uplink.attached = Some((link.index, counters, found));
+        self.attach_parts(devices);
         Ok(())
+    }
+
+    /// Gives each worker its part of the uplink.
+    pub(super) fn attach_parts(&self, devices: Vec<Device>) {
+        for (worker, device) in devices.into_iter().enumerate() {
+            self.workers.send(worker, Command::Attach(vec![(None, Box::new(device))]));
+        }
+    }
+
+    /// Opens the uplink once for each worker.
+    pub(super) fn open_uplink(
+        &self,
+        link: &LinkState,
+    ) -> Result<(Vec<KernelCounter>, Vec<Device>), StartError> {
+        let Uplink { filter, steering, .. } = &self.uplink;
+        let parts = steering.as_ref().map(|steering| (steering, self.workers.len()));
+        let parts = NetdevPort::open_uplink(link.index, filter, parts)
+            .map_err(|source| StartError::Packet { name: link.name.clone(), source })?;
+        let mut counters = Vec::with_capacity(parts.len());
+        let devices: Vec<Device> = parts.into_iter().map(Device::Netdev).collect();
+        for device in &devices {
+            counters.extend(device.kernel_counter()?);
+        }
+        Ok((counters, devices))
     }
 
     /// Takes note of an uplink that was taken over.
     pub(super) fn uplink_is_there(&mut self) {
         let Some((index, ..)) = &self.uplink.attached else { return };
-        publish(&self.uplink.shared.link, self.monitor.links().by_index(*index));
-        self.uplink.watched.see_state(self.uplink.shared.link.state());
-    }
-
-    pub(super) fn command(&self, command: Command) {
-        if let Some(worker) = &self.worker {
-            worker.send(command);
-        }
+        self.workers.publish_uplink(self.monitor.links().by_index(*index));
+        self.uplink.watched.see_state(self.workers.uplink_state());
     }
 
     /// Takes a port's device out of the worker and gives it back; `name` is what it is
@@ -339,28 +357,9 @@ impl Daemon {
 
     /// Takes a device out of the worker, and closes it.
     pub(super) fn take_back(&mut self, port: Option<PortIndex>) {
-        self.command(Command::Detach(port));
+        self.ask_back(&[port]);
         let devices = self.await_departures(&[port]);
         self.close(&[port], devices);
-    }
-
-    /// Waits for devices the worker was told to give back.
-    pub(super) fn await_departures(&mut self, ports: &[Option<PortIndex>]) -> Vec<Device> {
-        let mut missing: HashSet<Option<PortIndex>> = ports.iter().copied().collect();
-        let mut devices = Vec::with_capacity(missing.len());
-        let deadline = Instant::now() + PATIENCE + DRAIN_PATIENCE * ports.len() as u32;
-        while !missing.is_empty() {
-            match self.next_notice(deadline) {
-                None => break,
-                Some(Notice::Departed(departed))
-                    if departed.error.is_none() && missing.remove(&departed.port) =>
-                {
-                    devices.extend(departed.device.map(|device| *device));
-                }
-                Some(other) => self.take_notice(other),
-            }
-        }
-        devices
     }
 
     /// Counts what the kernel still has to tell of devices, and closes them.
@@ -370,8 +369,8 @@ impl Daemon {
         for port in ports {
             match port {
                 None => {
-                    if let Some((_, counter, _)) = &mut self.uplink.attached {
-                        *counter = None;
+                    if let Some((_, counters, _)) = &mut self.uplink.attached {
+                        counters.clear();
                     }
                 }
                 Some(position) => {
@@ -386,64 +385,32 @@ impl Daemon {
         in_parallel(parts.collect(), drop::<DevicePart>);
     }
 
-    /// Has the worker decide by this table, and waits until it does.
-    pub(super) fn await_switch(&mut self, number: u64) {
-        let deadline = Instant::now() + PATIENCE;
-        while let Some(notice) = self.next_notice(deadline) {
-            if matches!(notice, Notice::Switched(other) if other == number) {
-                return;
-            }
-            self.take_notice(notice);
+    /// The uplink cannot be polled by a worker.
+    pub(super) fn uplink_failed(&mut self, error: &io::Error) {
+        warn!("uplink {}: cannot be polled: {error}", self.name);
+        self.workers.publish_uplink(None);
+        if let Some((_, _, found)) = self.uplink.attached.take() {
+            self.host.give_uplink_back(&found);
         }
     }
 
-    fn next_notice(&self, deadline: Instant) -> Option<Notice> {
-        let notice = self.worker.as_ref()?.notices.recv_deadline(deadline).ok();
-        if notice.is_none() {
-            warn!("a worker does not answer");
+    /// A port's device cannot be polled by its worker.
+    pub(super) fn port_failed(&mut self, position: PortIndex, error: &io::Error) {
+        if let Some(port) = self.ports.get_mut(position) {
+            warn!("{}: cannot be polled: {error}", port.config.device);
+            publish(&port.shared.link, None);
+            port.watched.see_state(DeviceState::Absent);
         }
-        notice
-    }
-
-    /// Takes what the worker had to say since the last look.
-    pub(super) fn take_notices(&mut self) {
-        while let Some(notice) =
-            self.worker.as_ref().and_then(|worker| worker.notices.try_recv().ok())
-        {
-            self.take_notice(notice);
-        }
-    }
-
-    fn take_notice(&mut self, notice: Notice) {
-        let Notice::Departed(Departed { port, error: Some(error), device }) = notice else {
-            // The device it may hold is closed here.
-            return;
-        };
-        drop(device);
-        match port {
-            None => {
-                warn!("uplink {}: cannot be polled: {error}", self.name);
-                publish(&self.uplink.shared.link, None);
-                if let Some((_, _, found)) = self.uplink.attached.take() {
-                    self.host.give_uplink_back(&found);
-                }
-            }
-            Some(position) => {
-                if let Some(port) = self.ports.get_mut(position) {
-                    warn!("{}: cannot be polled: {error}", port.config.device);
-                    publish(&port.shared.link, None);
-                    port.watched.see_state(DeviceState::Absent);
-                }
-                self.give_back(position, None);
-            }
-        }
+        self.give_back(position, None);
     }
 
     pub(super) fn count_overruns(&mut self) {
-        if let Some((_, Some(counter), _)) = &self.uplink.attached {
-            let count = counter.take();
-            self.uplink.shared.from_wire.add_overruns(count.overruns);
-            self.uplink.watched.ring.note(count);
+        if let Some((_, counters, _)) = &self.uplink.attached {
+            for (seat, counter) in self.workers.iter().zip(counters) {
+                let count = counter.take();
+                seat.uplink.from_wire.add_overruns(count.overruns);
+                self.uplink.watched.ring.note(count);
+            }
         }
         for (_, port) in self.ports.iter_mut() {
             if let Some(counter) =
@@ -458,12 +425,12 @@ impl Daemon {
 
     /// Stops the worker and puts back what the kernel does not undo itself.
     pub(super) fn stop(&mut self) {
-        let departed = self.worker.take().map(WorkerHandle::finish).unwrap_or_default();
+        let departed = self.workers.end(|| Command::Stop);
         self.count_overruns();
         let ports = self.ports.iter_mut().filter_map(|(_, port)| port.attached.take()?.found);
         let ports: Vec<FoundPort> = ports.collect();
         let uplink = self.uplink.attached.take().map(|(_, _, found)| found);
-        let devices = departed.into_iter().filter_map(|departed| departed.device);
+        let devices = departed.into_iter().flatten().filter_map(|departed| departed.device);
         let parts = devices.flat_map(|device| device.into_parts());
         in_parallel(parts.collect(), drop::<DevicePart>);
         for found in ports {

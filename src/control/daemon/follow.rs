@@ -66,7 +66,11 @@ impl Daemon {
         if let Some(link) =
             self.uplink.attached.as_ref().and_then(|(index, ..)| links.by_index(*index))
         {
-            publish(&self.uplink.shared.link, Some(link));
+            self.workers.publish_uplink(Some(link));
+        } else {
+            // One that is down may have to wait until it is up.
+            let link = links.by_name(&self.name).filter(|link| link.is_ethernet && !link.up);
+            self.workers.publish_uplink(link);
         }
     }
 
@@ -74,7 +78,7 @@ impl Daemon {
     fn device_left(&mut self, index: u32, new_name: Option<&str>) {
         if self.uplink.attached.as_ref().is_some_and(|(attached, ..)| *attached == index) {
             warn!("uplink {} is gone: waiting for it to come back", self.name);
-            publish(&self.uplink.shared.link, None);
+            self.workers.publish_uplink(None);
             self.uplink.watched.see_state(DeviceState::Absent);
             self.take_back(None);
             if let Some((_, _, found)) = self.uplink.attached.take() {
@@ -104,6 +108,7 @@ impl Daemon {
         }
         if link.name == self.name && self.uplink.attached.is_none() {
             match self.attach_uplink(link) {
+                Ok(()) if self.uplink.attached.is_none() => {}
                 Ok(()) => {
                     self.left_out.retain(|index| *index != link.index);
                     let text = format!("uplink {}: back", self.name);
@@ -154,19 +159,23 @@ impl Daemon {
     }
 
     fn device_changed(&mut self, link: &LinkState) {
-        let (name, place, watched) =
-            if self.uplink.attached.as_ref().is_some_and(|(index, ..)| *index == link.index) {
-                let uplink = &mut self.uplink;
-                (format!("uplink {}", link.name), &uplink.shared.link, &mut uplink.watched)
-            } else if let Some((_, port)) = self.ports.by_index(link.index) {
-                (link.name.clone(), &port.shared.link, &mut port.watched)
-            } else {
-                return;
-            };
         // The latest there is, not what an event of several tells.
         let latest = self.monitor.links().by_index(link.index).unwrap_or(link);
-        publish(place, Some(latest));
-        let state = place.state();
+        let (name, state, watched) =
+            if self.uplink.attached.as_ref().is_some_and(|(index, ..)| *index == link.index) {
+                self.workers.publish_uplink(Some(latest));
+                let state = self.workers.uplink_state();
+                (format!("uplink {}", link.name), state, &mut self.uplink.watched)
+            } else if let Some((_, port)) = self.ports.by_index(link.index) {
+                publish(&port.shared.link, Some(latest));
+                (link.name.clone(), port.shared.link.state(), &mut port.watched)
+            } else {
+                if latest.up && latest.name == self.name && self.uplink.attached.is_none() {
+                    // It was down until now, and there is more than one worker.
+                    self.device_came(&latest.clone());
+                }
+                return;
+            };
         if state != watched.state {
             watched.see_state(state);
             if state != DeviceState::Up && self.uncleared.contains(&link.index) {

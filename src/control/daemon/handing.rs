@@ -12,7 +12,7 @@ use crate::control::store::{Deposit, Legacy, Store};
 use crate::control::takeover::{
     self, DeviceState, FORMAT, Last, PortState, State, Stored, TakeOver,
 };
-use crate::dataplane::{Command, Departed, WorkerHandle};
+use crate::dataplane::{Command, Departed};
 use crate::frame::Tpid;
 use crate::port::{Device, InternalPort, NetdevPort};
 use crate::switch::PortIndex;
@@ -44,6 +44,10 @@ impl Daemon {
         uplink: &str,
     ) -> Result<(), Refusal> {
         if format != FORMAT {
+            return Err(Refusal::other_format(FORMAT));
+        }
+        if self.workers.len() > 1 {
+            // One ring can be handed over, not several: the other starts without them.
             return Err(Refusal::other_format(FORMAT));
         }
         if uplink != self.name {
@@ -79,6 +83,10 @@ impl Daemon {
     /// one. Returns whether nothing is to be put back therefore.
     pub(super) fn leave_in_store(&mut self) -> bool {
         let Some(store) = self.store else { return false };
+        if self.workers.len() > 1 {
+            warn!("with several workers nothing is left in the service manager's store");
+            return false;
+        }
         match self.try_to_leave(store) {
             Ok(()) => {
                 info!("left in the service manager's store, for the next vlanswitchd");
@@ -114,7 +122,7 @@ impl Daemon {
             self.server.listeners().map(|(_, fd)| fd).collect();
         descriptors.push(self.claim.as_fd());
         let uplink = self.uplink.attached.as_ref().and_then(|(index, counter, found)| {
-            descriptors.push(counter.as_ref()?.socket());
+            descriptors.push(counter.first()?.socket());
             let device = DeviceState { index: Some(*index), slots: self.uplink.slots };
             Some((device, found.clone()))
         });
@@ -146,7 +154,7 @@ impl Daemon {
 
     /// Stops the worker where it is.
     fn freeze(&mut self) -> (Last, Vec<Departed>) {
-        let departed = self.worker.take().map(WorkerHandle::freeze).unwrap_or_default();
+        let departed: Vec<_> = self.workers.end(|| Command::Freeze).into_iter().flatten().collect();
         let stopped = takeover::clock();
         let mut positions: HashMap<Option<PortIndex>, usize> = HashMap::new();
         for Departed { port, device, .. } in &departed {
@@ -162,7 +170,7 @@ impl Daemon {
         let last = Last {
             stopped,
             next: next(None),
-            from_wire: self.uplink.shared.from_wire.snapshot().into(),
+            from_wire: self.workers.uplink_flow().into(),
             ports: ports.collect(),
             removed: self.retired.clone(),
         };
@@ -190,7 +198,7 @@ impl Daemon {
                 Ok(device) => {
                     let counter = device.kernel_counter()?;
                     self.uplink.slots = slots;
-                    self.uplink.attached = Some((index, counter, found));
+                    self.uplink.attached = Some((index, counter.into_iter().collect(), found));
                     adopted.uplink = Some(device);
                 }
                 Err(error) if strict => return Err(error),
@@ -246,10 +254,14 @@ impl Daemon {
         let Last { stopped, next, from_wire, ports, removed } = take.finish()?;
         // Not sooner: the other process changes what its own filter claims, and goes on if
         // this one fails. Both claim the same now.
-        if let Some((_, Some(counter), _)) = &self.uplink.attached {
+        if let Some((_, counters, _)) = &self.uplink.attached
+            && let Some(counter) = counters.first()
+        {
             self.uplink.filter.attach(counter.socket())?;
         }
-        self.uplink.shared.from_wire.restore(&(&from_wire).into());
+        if let Some(seat) = self.workers.iter().next() {
+            seat.uplink.from_wire.restore(&(&from_wire).into());
+        }
         self.retired = removed;
         let mut positions = HashMap::new();
         for (position, (next, from_guest, to_guest)) in ports.iter().enumerate() {
@@ -268,7 +280,7 @@ impl Daemon {
             self.uplink_is_there();
             devices.push((None, Box::new(uplink)));
         }
-        self.command(Command::Attach(devices));
+        self.attach_devices(devices);
         let gap = Duration::from_nanos(takeover::clock().saturating_sub(stopped));
         info!("uplink {}: taken over; frames waited for {} us", self.name, gap.as_micros());
         Ok(())

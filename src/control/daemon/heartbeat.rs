@@ -1,6 +1,6 @@
 //! Whether the worker still goes round, and telling systemd (`WatchdogSec=`).
 //!
-//! Control sends the worker a command that does nothing but count, one at a time and
+//! Control sends each worker a command that does nothing but count, one at a time and
 //! about once a second at most, so that an idle worker is hardly woken. One that was not
 //! answered when the next is due means that the worker is stuck: that is noticed within
 //! two seconds. systemd is told that all is well only while it is; if it hears nothing
@@ -75,25 +75,38 @@ impl Heartbeat {
 }
 
 impl Daemon {
-    /// Looks after the worker and tells systemd; to be called once an interval.
+    /// Looks after the workers and tells systemd; to be called once an interval.
     pub(super) fn beat(&mut self, now: Instant) {
-        let Some(worker) = &self.worker else { return };
-        let pulse = self.heartbeat.look(worker.shared.beats(), now);
-        match pulse {
-            Pulse::Answered | Pulse::Recovered => worker.send(Command::Beat),
-            Pulse::Awaited | Pulse::Lost | Pulse::StillLost => {}
-        }
-        match pulse {
-            Pulse::Lost => {
-                let text = "the worker does not answer: no frame is being forwarded".to_owned();
-                self.tell(EventKind::Worker, None, text);
+        let alone = self.workers.len() == 1;
+        let (mut well, mut watched) = (true, false);
+        let mut beats = Vec::new();
+        let mut news = Vec::new();
+        for (number, seat) in self.workers.iter_mut().enumerate() {
+            let answered = seat.beats();
+            watched |= seat.heartbeat.watched;
+            let pulse = seat.heartbeat.look(answered, now);
+            let name = if alone { "the worker".to_owned() } else { format!("worker {number}") };
+            match pulse {
+                Pulse::Answered => beats.push(number),
+                Pulse::Recovered => {
+                    beats.push(number);
+                    news.push(format!("{name} answers again"));
+                }
+                Pulse::Lost => {
+                    let what = if alone { "no frame" } else { "none of its ports' frames" };
+                    news.push(format!("{name} does not answer: {what} is being forwarded"));
+                }
+                Pulse::Awaited | Pulse::StillLost => {}
             }
-            Pulse::Recovered => {
-                self.tell(EventKind::Worker, None, "the worker answers again".to_owned());
-            }
-            Pulse::Answered | Pulse::Awaited | Pulse::StillLost => {}
+            well &= !matches!(pulse, Pulse::Lost | Pulse::StillLost);
         }
-        if self.heartbeat.watched && !matches!(pulse, Pulse::Lost | Pulse::StillLost) {
+        for worker in beats {
+            self.workers.send(worker, Command::Beat);
+        }
+        for text in news {
+            self.tell(EventKind::Worker, None, text);
+        }
+        if watched && well {
             // It has asked for it; if it is gone, nothing is lost.
             let _ = sd_notify::notify(&[NotifyState::Watchdog]);
         }

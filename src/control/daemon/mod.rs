@@ -6,6 +6,7 @@
 //! once a second to the clock.
 
 mod answer;
+mod balancing;
 mod capturing;
 mod change;
 mod devices;
@@ -18,9 +19,10 @@ mod ports;
 mod scraped;
 mod stuck;
 mod watch;
+mod workers;
 
 use crate::control::api::{Event, EventKind, Removed};
-use crate::control::config::{Config, LogFormat, Metrics, SandboxMode};
+use crate::control::config::{Config, LogFormat, Metrics};
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
 use crate::control::privileges::Confined;
@@ -29,15 +31,14 @@ use crate::control::record::Record;
 use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
 use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
-use crate::control::{checks, privileges};
-use crate::dataplane::{Abilities, Command, Notice, UplinkShared, Worker, WorkerHandle};
-use crate::sys::bpf::UplinkFilter;
+use crate::control::{affinity, checks, privileges};
+use crate::dataplane::Abilities;
+use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
 pub use leftovers::give_back;
 
 use capturing::Captures;
 use change::Claims;
-use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::CreatedTap;
 use examine::Examinations;
 use handing::Inheritance;
@@ -55,10 +56,10 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
-use watch::{TICK, Watched, WatchedWorker, wall_clock};
+use watch::{TICK, Watched, wall_clock};
+use workers::{Workers, place_ports};
 
 const SIGNALS: Token = Token(0);
 const LINKS: Token = Token(1);
@@ -74,12 +75,14 @@ const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 struct Uplink {
-    shared: Arc<UplinkShared>,
     filter: UplinkFilter,
+    /// Which worker gets a frame; none if there is one only.
+    steering: Option<Steering>,
     mtu: Option<u32>,
     /// Slots of its ring.
     slots: usize,
-    attached: Option<(u32, Option<KernelCounter>, FoundUplink)>,
+    /// Its index, the counters of the workers' sockets, and what to put back.
+    attached: Option<(u32, Vec<KernelCounter>, FoundUplink)>,
     watched: Watched,
 }
 
@@ -95,8 +98,7 @@ pub struct Daemon {
     ports: Ports,
     /// What the uplink's filter lets in.
     claims: Claims,
-    worker: Option<WorkerHandle>,
-    watched_worker: WatchedWorker,
+    workers: Workers,
     abilities: Abilities,
     /// The counters of ports that were removed.
     retired: Option<Removed>,
@@ -112,7 +114,7 @@ pub struct Daemon {
     captures: Captures,
     scraped: Scraped,
     examinations: Examinations,
-    heartbeat: Heartbeat,
+    beat_interval: Duration,
     /// From the end of the start on.
     confined: Option<Confined>,
     /// Held for as long as the uplink is ours.
@@ -140,7 +142,9 @@ impl Daemon {
         // Before anything is opened.
         let mut legacy = Legacy::take();
         privileges::check()?;
-        checks::file_limit(config.ports.len())?;
+        let plan = affinity::plan(&config)?;
+        checks::file_limit(config.ports.len(), plan.workers.len())?;
+        plan.come_near();
         let signals = block_signals()?;
         let monitor = LinkMonitor::new()?;
         checks::devices(&config, monitor.links())?;
@@ -164,18 +168,18 @@ impl Daemon {
         checks::say_uplink_mtu(&config, monitor.links());
         let mtu = checks::target_mtu(&config);
         let claims = Claims::of(&config.table);
-        let shared = Arc::<UplinkShared>::default();
         let watched = Watched::default();
-        let ports = Ports::new(config.ports.clone());
+        let mut ports = Ports::new(config.ports.clone());
         let abilities = known.or_else(|| probe.map(Probe::finish)).unwrap_or_default();
-        let (worker, commands, notices) = Worker::new(
-            Arc::new(config.table.clone()),
-            Arc::clone(&shared),
-            ports.iter().map(|(_, port)| Arc::clone(&port.shared)),
-            abilities,
-            config.poll,
-        )?;
-        let sandbox = config.sandbox;
+        let mut planned = plan.workers;
+        if take.is_some() && planned.len() > 1 {
+            // One ring is taken over: there is one worker for it.
+            warn!("taken over with one worker: --workers counts from the next start on");
+            planned.truncate(1);
+        }
+        let steering = place_ports(&mut ports, planned.len())?;
+        let workers = Workers::start(&planned, &config, &ports, abilities)?;
+        let heartbeat = Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now());
         let store = Store::of_environment(config.is_fd_store());
         let record = Record::beside(config.control.path());
         let mut daemon = Self {
@@ -184,11 +188,10 @@ impl Daemon {
             started: wall_clock(),
             host: Host::new()?,
             monitor,
-            uplink: Uplink { shared, filter, mtu, slots: 0, attached: None, watched },
+            uplink: Uplink { filter, steering, mtu, slots: 0, attached: None, watched },
             ports,
             claims,
-            worker: Some(spawn_confined(worker, commands, notices, sandbox)?),
-            watched_worker: WatchedWorker::default(),
+            workers,
             abilities,
             retired: None,
             created: Vec::new(),
@@ -200,7 +203,7 @@ impl Daemon {
             captures: Captures::default(),
             scraped: Scraped::default(),
             examinations,
-            heartbeat: Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now()),
+            beat_interval: heartbeat.interval,
             confined: None,
             claim,
             tables: 0,
@@ -321,7 +324,7 @@ impl Daemon {
             let now = Instant::now();
             if now >= next_beat {
                 self.beat(now);
-                next_beat = now + self.heartbeat.interval;
+                next_beat = now + self.beat_interval;
             }
             if now >= next_tick {
                 self.tick(now);
@@ -479,21 +482,6 @@ fn claim_uplink(uplink: &str) -> Result<UnixListener, StartError> {
         io::ErrorKind::AddrInUse => StartError::UplinkTaken(uplink.to_owned()),
         _ => StartError::Control(error),
     })
-}
-
-/// Starts the worker, which confines itself before anything else.
-fn spawn_confined(
-    worker: Worker,
-    commands: Sender<Command>,
-    notices: Receiver<Notice>,
-    sandbox: SandboxMode,
-) -> Result<WorkerHandle, StartError> {
-    let (tell, told) = bounded(1);
-    let begin = move || drop(tell.send(privileges::confine_worker(sandbox)));
-    let handle = worker.spawn(commands, notices, begin)?;
-    // The other end goes only with the thread.
-    told.recv().unwrap_or(Ok(()))?;
-    Ok(handle)
 }
 
 fn block_signals() -> Result<SignalFd, io::Error> {

@@ -6,7 +6,7 @@ use crate::control::daemon::watch::Watched;
 use crate::control::host::FoundPort;
 use crate::control::mapping::PortConfig;
 use crate::dataplane::PortShared;
-use crate::switch::PortIndex;
+use crate::switch::{Membership, PortIndex};
 use crate::sys::packet::KernelCounter;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -16,6 +16,10 @@ use std::sync::Arc;
 pub struct Port {
     /// Its configuration.
     pub config: PortConfig,
+    /// The number of its worker.
+    pub worker: usize,
+    /// Looks at the load for which it is not to change that again.
+    pub rest: u32,
     /// What its worker counts.
     pub shared: Arc<PortShared>,
     /// Its device, while it is in the worker.
@@ -27,7 +31,14 @@ pub struct Port {
 impl Port {
     /// A port without a device.
     pub fn new(config: PortConfig) -> Self {
-        Self { config, shared: Arc::default(), attached: None, watched: Watched::default() }
+        Self {
+            config,
+            worker: 0,
+            rest: 0,
+            shared: Arc::default(),
+            attached: None,
+            watched: Watched::default(),
+        }
     }
 
     /// Its device's index, while it is attached and not an internal one.
@@ -139,6 +150,12 @@ impl Ports {
     /// Sets the order people see.
     pub fn set_order(&mut self, order: Vec<PortIndex>) {
         self.order = order;
+    }
+
+    /// Each position's membership, empty positions included.
+    pub fn memberships(&self) -> Vec<Option<&Membership>> {
+        let configs = self.configs().into_iter();
+        configs.map(|config| config.map(|config| &config.membership)).collect()
     }
 
     /// Each position's configuration, empty positions included.

@@ -15,8 +15,6 @@ use super::Daemon;
 use super::devices::{Opened, open};
 use crate::control::api::EventKind;
 use crate::control::start_error::StartError;
-use crate::dataplane::Command;
-use crate::port::NetdevOptions;
 use crate::switch::PortIndex;
 use crate::sys::packet::KernelCount;
 use std::time::{Duration, Instant};
@@ -113,12 +111,11 @@ impl Daemon {
         let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
         let Some(link) = link else { return Ok(()) };
         self.take_back(None);
-        let device = open(&link, NetdevOptions::Uplink(&self.uplink.filter))?;
-        let fresh = device.kernel_counter()?;
-        if let Some((_, counter, _)) = &mut self.uplink.attached {
-            *counter = fresh;
+        let (fresh, devices) = self.open_uplink(&link)?;
+        if let Some((_, counters, _)) = &mut self.uplink.attached {
+            *counters = fresh;
         }
-        self.command(Command::Attach(vec![(None, Box::new(device))]));
+        self.attach_parts(devices);
         Ok(())
     }
 }

@@ -78,6 +78,10 @@ pub struct Watched {
     pub incoming: WatchedDrops,
     /// What its guest is sent.
     pub outgoing: WatchedDrops,
+    /// Frames it has moved in the last second, both ways.
+    pub frames: u64,
+    /// Frames it had moved before.
+    moved: u64,
     /// The highest fill of its ring over the last second, 0 to 1.
     pub ring_peak: f64,
     /// Whether the kernel still fills its ring.
@@ -92,6 +96,8 @@ impl Default for Watched {
             since: wall_clock(),
             incoming: WatchedDrops::default(),
             outgoing: WatchedDrops::default(),
+            frames: 0,
+            moved: 0,
             ring_peak: 0.0,
             ring: RingWatch::default(),
             overload: None,
@@ -106,6 +112,11 @@ impl Watched {
             self.state = state;
             self.since = wall_clock();
         }
+    }
+
+    /// Takes note of how many frames have been moved in all.
+    fn see_frames(&mut self, moved: u64) {
+        self.frames = moved.saturating_sub(std::mem::replace(&mut self.moved, moved));
     }
 
     /// Returns how many frames a line is due about.
@@ -148,7 +159,8 @@ impl Default for WatchedWorker {
 }
 
 impl WatchedWorker {
-    fn look(&mut self, shared: &WorkerShared, now: Instant) {
+    /// Looks at what it tells of itself.
+    pub fn look(&mut self, shared: &WorkerShared, now: Instant) {
         let (busy, elapsed) = (shared.busy(), now.saturating_duration_since(self.at));
         let moved = busy.saturating_sub(self.busy);
         if !elapsed.is_zero() {
@@ -169,17 +181,18 @@ impl Daemon {
             let watched = &mut port.watched;
             watched.see_state(shared.link.state());
             watched.ring_peak = f64::from(shared.ring_peak.take()) / 1000.0;
-            let mut overload = watched.incoming.look(&shared.from_guest.snapshot(), time);
-            overload += watched.outgoing.look(&shared.to_guest.snapshot(), time);
+            let (from, to) = (shared.from_guest.snapshot(), shared.to_guest.snapshot());
+            watched.see_frames(from.in_frames + to.in_frames);
+            let mut overload = watched.incoming.look(&from, time);
+            overload += watched.outgoing.look(&to, time);
             if let Some(frames) = watched.see_overload(overload, now) {
                 lines.push((port.config.device.clone(), frames));
             }
         }
-        let shared = &self.uplink.shared;
         let watched = &mut self.uplink.watched;
-        watched.see_state(shared.link.state());
-        watched.ring_peak = f64::from(shared.ring_peak.take()) / 1000.0;
-        let overload = watched.incoming.look(&shared.from_wire.snapshot(), time);
+        watched.see_state(self.workers.uplink_state());
+        watched.ring_peak = f64::from(self.workers.take_ring_peak()) / 1000.0;
+        let overload = watched.incoming.look(&self.workers.uplink_flow(), time);
         if let Some(frames) = watched.see_overload(overload, now) {
             lines.push((self.name.clone(), frames));
         }
@@ -190,8 +203,9 @@ impl Daemon {
             );
             self.tell(EventKind::Overload, Some(&device), text);
         }
-        if let Some(worker) = &self.worker {
-            self.watched_worker.look(&worker.shared, now);
+        self.workers.look(now);
+        if self.workers.len() > 1 {
+            self.rebalance();
         }
     }
 }

@@ -439,7 +439,8 @@ fn severity_of(reason: DropReason) -> Severity {
         | DropReason::GuestQueueFull
         | DropReason::UplinkQueueFull
         | DropReason::RingOverrun
-        | DropReason::SendFailed => Warning,
+        | DropReason::SendFailed
+        | DropReason::WrongWorker => Warning,
     }
 }
 

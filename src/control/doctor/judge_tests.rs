@@ -60,6 +60,7 @@ fn healthy(map: &str) -> Facts {
         ifindex: Some(TAP),
         mtu: Some(65521),
         datapath: "packet".to_owned(),
+        worker: Some(0),
         ring_peak: 0.1,
         from_guest: Flow::default(),
         to_guest: Flow::default(),

@@ -2,6 +2,7 @@
 //! said, so that one odd device hides nothing of the others.
 
 use super::{SwitchFacts, finding, port_notes};
+use crate::control::affinity;
 use crate::control::api::{Finding, Severity};
 use crate::control::checks;
 use crate::control::config::{Config, check};
@@ -112,7 +113,9 @@ pub fn before_start(config: &Config) -> Vec<Finding> {
         ));
     }
     let error = |text: String| finding(Severity::Error, "configuration", text, None);
-    if let Err(limit) = checks::file_limit(config.ports.len()) {
+    let limits = affinity::plan(config)
+        .and_then(|plan| checks::file_limit(config.ports.len(), plan.workers.len()));
+    if let Err(limit) = limits {
         found.push(error(limit.to_string()));
     }
     match check::host(config) {
