@@ -10,6 +10,8 @@
 mod in_memory;
 
 use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use in_memory::{Bed, CASES, FRAMES};
@@ -125,5 +127,39 @@ fn worker(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decide, edit, worker);
+/// Workers side by side, each with ports of its own, on a thread of its own: what they
+/// lose to each other is what they share. Frames a second of all together.
+fn shards(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("shards");
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    for workers in [1, 2, 4, 8].into_iter().filter(|workers| *workers <= cpus) {
+        group.throughput(Throughput::Elements((workers * FRAMES) as u64));
+        group.bench_function(workers.to_string(), |bencher| {
+            bencher.iter_custom(|bursts| {
+                let beds = (0..workers).map(|_| Bed::new(CASES[0], usize::MAX));
+                let beds: Vec<Bed> = beds.map(|bed| bed.expect("the worker starts")).collect();
+                let start = Barrier::new(workers);
+                let run = |mut bed: Bed| {
+                    start.wait();
+                    let begin = Instant::now();
+                    for _ in 0..bursts {
+                        bed.round();
+                    }
+                    let taken = begin.elapsed();
+                    bed.check(bursts as usize).expect("every frame is forwarded");
+                    taken
+                };
+                std::thread::scope(|scope| {
+                    let threads: Vec<_> =
+                        beds.into_iter().map(|bed| scope.spawn(|| run(bed))).collect();
+                    let times = threads.into_iter().map(|thread| thread.join().expect("it runs"));
+                    times.max().unwrap_or_default()
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, decide, edit, worker, shards);
 criterion_main!(benches);
