@@ -208,6 +208,13 @@ impl<const WATCHED: bool> Lane<'_, WATCHED> {
         segments
     }
 
+    /// Drops frames instead.
+    #[cold]
+    pub fn refuse<'f>(&mut self, frames: impl Iterator<Item = &'f Received<'f>>, why: DropReason) {
+        let packets: ArrayVec<&[u8], BURST> = frames.map(|frame| frame.buffer.packet()).collect();
+        self.drop_all(&packets, why);
+    }
+
     fn send(&mut self, packets: &[&[u8]]) {
         if packets.is_empty() {
             return;

@@ -51,6 +51,12 @@ impl Chains {
         }
     }
 
+    /// How many ports have frames.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.ports.len()
+    }
+
     /// The ports, in the order of their first frames, and the positions of each.
     pub fn iter(&self) -> impl Iterator<Item = (PortIndex, Positions<'_>)> {
         self.ports.iter().map(|chain| {
@@ -61,7 +67,7 @@ impl Chains {
 }
 
 /// Walks the positions of one port.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Positions<'c> {
     links: &'c [(u8, Handling); BURST],
     range: Option<(u8, u8)>,

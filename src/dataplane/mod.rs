@@ -8,6 +8,7 @@ mod burst;
 mod capture;
 mod chains;
 mod counters;
+mod crowd;
 mod handle;
 mod pace;
 mod policing;

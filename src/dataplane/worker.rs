@@ -15,6 +15,7 @@ use super::burst::{Abilities, Handling, Lane, SegmentSpace, Toward, rewrite};
 use super::capture::{Captures, Sink, Watch};
 use super::chains::Chains;
 use super::counters::{PortShared, UplinkShared, WorkerShared};
+use super::crowd::Crowd;
 use super::handle::{Command, Departed, Notice, WorkerHandle};
 use super::pace::{Pace, PollMode, Step};
 use super::policing::PortPolicer;
@@ -98,6 +99,7 @@ pub struct Worker {
     uplink_shared: Arc<UplinkShared>,
     /// The uplink's frames wait for a port that comes from another worker.
     held: bool,
+    crowd: Crowd,
     uplink_shed: Option<Instant>,
     slots: Vec<Slot>,
     hot: Vec<PortIndex>,
@@ -135,6 +137,7 @@ impl Worker {
             uplink: None,
             uplink_shared,
             held: false,
+            crowd: Crowd::default(),
             uplink_shed: None,
             hot: Vec::with_capacity(slots.len()),
             slots,
@@ -216,6 +219,10 @@ impl Worker {
         let mut moved = self.serve_uplink::<WATCHED>(now);
         let mut position = 0;
         while let Some(port) = self.hot.get(position).copied() {
+            // What comes for all guests has a turn for each that sends, if it needs it.
+            if position > 0 && self.uplink.as_deref().is_some_and(Device::has_burst) {
+                self.serve_uplink::<WATCHED>(now);
+            }
             let busy = self.serve_guest::<WATCHED>(port, now);
             moved |= busy;
             if self.cooled(port, busy) {
@@ -247,9 +254,8 @@ impl Worker {
             self.held = false;
         }
         // Below a burst there is no backlog worth a look.
-        if uplink.has_burst() {
-            self.uplink_shared.ring_peak.note(uplink.ring_fill());
-        }
+        let fill = if uplink.has_burst() { uplink.ring_fill() } else { 0 };
+        self.uplink_shared.ring_peak.note(fill);
         let mut burst = Burst::new();
         let lost = uplink.receive(&mut self.copies, BURST, &mut burst);
         let moved = lost > 0 || !burst.is_empty();
@@ -257,6 +263,7 @@ impl Worker {
         let (uplink_shared, abilities) = (&self.uplink_shared, self.abilities);
         let chains =
             sort(&mut burst, lost, &self.table, &self.slots, uplink_shared, abilities, watch);
+        let too_much = self.crowd.too_much(&chains, fill);
         for (port, positions) in chains.iter() {
             let Some(slot) = self.slots.get_mut(port) else { continue };
             let mut lane = Lane {
@@ -270,9 +277,12 @@ impl Worker {
                 segments: &mut self.segments,
                 watch: self.captures.watch::<WATCHED>(Some(port)),
             };
-            lane.send_frames(
-                positions.filter_map(|(at, handling)| Some((burst.get(at)?, handling))),
-            );
+            let frames = positions.filter_map(|(at, handling)| Some((burst.get(at)?, handling)));
+            if too_much == Some(port) {
+                lane.refuse(frames.map(|(frame, _)| frame), DropReason::RingOverrun);
+            } else {
+                lane.send_frames(frames);
+            }
         }
         drop(burst);
         uplink.release();

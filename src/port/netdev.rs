@@ -6,8 +6,9 @@ use crate::sys::fanout;
 use crate::sys::packet::{Filter, PacketError, Receiver, ReceiverOptions, Transmitter};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Slots in the uplink's ring: 8 MiB, a few milliseconds of small frames.
-const UPLINK_SLOTS: usize = 4096;
+/// Slots in the uplink's ring: 16 MiB, a dozen milliseconds of small frames. A worker that
+/// has to share its CPU is away for as long.
+const UPLINK_SLOTS: usize = 8192;
 /// Super-frames waiting for the uplink's reader, bytes.
 const UPLINK_COPY_QUEUE: usize = 64 << 20;
 /// Super-frames waiting for a port's reader, bytes.

@@ -132,7 +132,9 @@ impl DropReason {
             Self::UplinkQueueFull => {
                 "the uplink does not send fast enough; look at its qdisc and link speed"
             }
-            Self::RingOverrun => "the kernel's receive ring was full; the switch needs more CPU",
+            Self::RingOverrun => {
+                "a receive ring was full, or a port took most of the uplink's; the switch needs more CPU"
+            }
             Self::SendFailed => "the kernel refused the frame; the counters name its last error",
             Self::WrongWorker => {
                 "the frame met a worker that does not have its port, while the port was being moved"
