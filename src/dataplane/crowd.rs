@@ -54,8 +54,16 @@ impl Crowd {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
     use super::super::burst::Handling;
     use super::*;
+    use crate::dataplane::{Abilities, PollMode, PortShared, UplinkShared, Worker};
+    use crate::frame::{Pcp, Tag, Tci, Tpid, Vid, VnetHeader};
+
+    use crate::port::{Arrival, Device, DeviceState, FaultyPort};
+    use crate::switch::{DropReason, Membership, Priority, Table, Vlans};
+    use std::sync::Arc;
+    use std::time::Instant;
 
     fn burst(ports: impl Iterator<Item = PortIndex>) -> Chains {
         let mut chains = Chains::default();
@@ -104,5 +112,52 @@ mod tests {
         let next = || burst((0..).map(|at: usize| if at.is_multiple_of(4) { 7 } else { 3 }));
         let changed = (0..100).position(|_| crowd.too_much(&next(), FULL) == Some(3));
         assert!(changed.is_some_and(|bursts| bursts < 64), "{changed:?}");
+    }
+
+    #[test]
+    fn the_polite_lose_nothing_to_a_flood_that_fills_the_ring() {
+        const FRAMES: usize = 4 * FaultyPort::SLOTS;
+        const POLITE_EVERY: usize = 8;
+        let vids = [101, 102].map(|vid| Vid::new(vid).unwrap());
+        let memberships = vids.map(|vid| {
+            let priority = Priority::Fixed(Pcp::default());
+            Membership::new(Vlans::One(vid), None, None, Tpid::Customer, None, priority).unwrap()
+        });
+        let table = Arc::new(Table::compile(&memberships).unwrap());
+        let ports = [(); 2].map(|()| Arc::<PortShared>::default());
+        let uplink = Arc::<UplinkShared>::default();
+        for link in [&uplink.link, &ports[0].link, &ports[1].link] {
+            link.set(DeviceState::Up, 1500);
+        }
+        let abilities = Abilities { tagged_gso: true, udp_gso: true };
+        let shared = ports.iter().cloned();
+        let (mut worker, _commands, _notices) =
+            Worker::new(table, uplink, shared, abilities, PollMode::Busy).unwrap();
+        let wire = FaultyPort::default();
+        worker.attach(None, Box::new(Device::Faulty(wire.clone())));
+        let guests = [(); 2].map(|()| FaultyPort::default());
+        for (port, guest) in guests.iter().enumerate() {
+            worker.attach(Some(port), Box::new(Device::Faulty(guest.clone())));
+        }
+        wire.script().arriving.extend((0..FRAMES).map(|at| {
+            let vid = vids[usize::from(at % POLITE_EVERY == 0)];
+            let tag = Tag { tpid: Tpid::Customer, tci: Tci::new(vid, Pcp::default()) };
+            let header = VnetHeader::default();
+            Arrival::Frame { bytes: vec![0x5a; 60], stripped: Some(tag), header }
+        }));
+        while worker.round(Instant::now()) {}
+
+        let [flood, polite] = ports.map(|port| port.to_guest.snapshot());
+        let polite_frames = (FRAMES / POLITE_EVERY) as u64;
+        assert_eq!((polite.in_frames, polite.out_frames), (polite_frames, polite_frames));
+        assert_eq!(guests[1].script().taken.len() as u64, polite_frames);
+        assert_eq!(flood.in_frames, FRAMES as u64 - polite_frames);
+        let drops: Vec<_> = flood.reasons().collect();
+        let dropped = flood.in_frames - flood.out_frames;
+        assert_eq!(drops, [(DropReason::RingOverrun, dropped)]);
+        // From a quarter downward it gets everything again.
+        let kept = guests[0].script().taken.len();
+        assert_eq!(kept as u64, flood.out_frames);
+        assert!((FaultyPort::SLOTS / 5..FRAMES / 2).contains(&kept), "{kept}");
     }
 }

@@ -77,6 +77,9 @@ impl Clone for FaultyPort {
 }
 
 impl FaultyPort {
+    /// Slots its ring would have; more may wait.
+    pub const SLOTS: usize = 4096;
+
     /// Its script. A worker that has the device waits meanwhile.
     pub fn script(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap_or_else(PoisonError::into_inner)

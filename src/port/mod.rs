@@ -14,7 +14,7 @@ pub use internal::{CALLS as INTERNAL_CALLS, InternalPort};
 pub use memory::MemoryPort;
 pub use netdev::{NetdevOptions, NetdevPort};
 
-use crate::sys::packet::{Burst, CopyPool, KernelCounter, Receiver, SendSpace, Transmitter};
+use crate::sys::packet::{BURST, Burst, CopyPool, KernelCounter, Receiver, SendSpace, Transmitter};
 use nix::errno::Errno;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -50,7 +50,8 @@ impl Device {
     pub fn has_burst(&self) -> bool {
         match self {
             Self::Netdev(port) => port.receiver.has_burst(),
-            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => false,
+            Self::Faulty(port) => port.waiting() >= BURST,
+            Self::Internal(_) | Self::Memory(_) => false,
         }
     }
 
@@ -71,7 +72,8 @@ impl Device {
                 // What was received and not released yet is no backlog any more.
                 (receiver.waiting() * 1000 / receiver.slots()) as u32
             }
-            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => 0,
+            Self::Faulty(port) => (port.waiting() * 1000 / FaultyPort::SLOTS) as u32,
+            Self::Internal(_) | Self::Memory(_) => 0,
         }
     }
 
