@@ -288,7 +288,7 @@ impl LinkSocket {
         Ok(self.report(index)?.state)
     }
 
-    /// The addresses, IPv4 and IPv6, that the host has on the device.
+    /// The addresses, IPv4 and IPv6, that the host has on the device; none if it is gone.
     pub fn addresses(&mut self, index: u32) -> Result<Vec<IpAddr>, LinkError> {
         let mut addresses = Vec::new();
         let mut wanted = AddressMessage::default();
@@ -296,20 +296,21 @@ impl LinkSocket {
         for _ in 0..DUMP_ATTEMPTS {
             addresses.clear();
             let request = RouteNetlinkMessage::GetAddress(wanted.clone());
-            let undisturbed = self
-                .exchange(request, NLM_F_DUMP, |message| {
-                    if message.kind == libc::RTM_NEWADDR
-                        && let Some((owner, address)) = wire::host_address(message.payload)
-                        && owner == index
-                    {
-                        addresses.push(address);
-                    }
-                })
-                .map_err(|failure| {
-                    self.refused(index, "list the host's addresses".into(), failure)
-                })?;
-            if undisturbed {
-                break;
+            let dumped = self.exchange(request, NLM_F_DUMP, |message| {
+                if message.kind == libc::RTM_NEWADDR
+                    && let Some((owner, address)) = wire::host_address(message.payload)
+                    && owner == index
+                {
+                    addresses.push(address);
+                }
+            });
+            match dumped {
+                Ok(false) => {}
+                Ok(true) => break,
+                Err(failure) if failure.reason.raw_os_error() == Some(libc::ENODEV) => break,
+                Err(failure) => {
+                    return Err(self.refused(index, "list the host's addresses".into(), failure));
+                }
             }
         }
         Ok(addresses)
