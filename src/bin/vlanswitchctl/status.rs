@@ -40,10 +40,11 @@ fn describe(status: &Status, colours: bool) -> String {
     text.push_str(&format!(", {state}\n"));
     text.push_str(&fold("ports       ", &counted(ports, &states)));
     text.push_str(&fold("load        ", &format!("{} of the last second", loads.join(", "))));
+    let what = if status.workers.len() == 1 { "no frame" } else { "none of its ports' frames" };
     for (number, _) in status.workers.iter().enumerate().filter(|(_, worker)| worker.stuck) {
         text.push_str(&fold(
             "stuck       ",
-            &format!("worker {number} does not answer: no frame is being forwarded"),
+            &format!("worker {number} does not answer: {what} is being forwarded"),
         ));
     }
     if let [_, _, ..] = status.workers.as_slice() {
