@@ -102,6 +102,12 @@ pub enum StartError {
     /// No thread or descriptors.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// A worker is needed that does not answer.
+    #[error(
+        "worker {0} does not answer: nothing was changed; `vlanswitchctl status` shows whether it \
+         does"
+    )]
+    Silent(usize),
     /// Nobody hands over.
     #[error(transparent)]
     TakeOver(#[from] TakeOverError),

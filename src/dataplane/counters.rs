@@ -45,17 +45,30 @@ impl Peak {
     }
 }
 
-/// What a worker tells of itself: the worker writes.
+/// What a worker tells of itself: the worker writes, but for what it is not to do any more.
 #[derive(Debug, Default)]
 pub struct WorkerShared {
     busy: Counter,
     beats: Counter,
+    /// Written by control: the last move that is not to happen any more.
+    called_off: AtomicU64,
 }
 
 impl WorkerShared {
     /// Counts a [`Command::Beat`](super::Command::Beat).
     pub(super) fn beat(&self) {
         self.beats.add(1);
+    }
+
+    /// Calls off this move and all before: a worker that has not given its ports away
+    /// keeps them. Control's part.
+    pub fn call_off(&self, number: u64) {
+        self.called_off.store(number, Ordering::Relaxed);
+    }
+
+    /// Whether that happened to this one.
+    pub(super) fn is_called_off(&self, number: u64) -> bool {
+        number <= self.called_off.load(Ordering::Relaxed)
     }
 
     /// Beats it has answered.

@@ -24,16 +24,18 @@ pub enum Command {
     Add(PortIndex, Arc<PortShared>),
     /// Decide by this table from now on; answered by [`Notice::Switched`] with the number.
     Switch(u64, Arc<Table>),
-    /// Leave the uplink's frames in their ring until [`Command::Take`]: a port comes from
-    /// another worker, and the other one's frames for it go first. Answered by
-    /// [`Notice::Held`]. Guests are served on, and so is the ring if it gets too full.
-    Hold,
+    /// Leave the uplink's frames in their ring until the [`Command::Take`] of the same
+    /// number: a port comes from another worker, and the other one's frames for it go
+    /// first. Answered by [`Notice::Held`] with the number. Guests are served on, and so
+    /// is the ring if that takes too long.
+    Hold(u64),
     /// Serve the uplink until what has arrived for these ports is with their guests, and
-    /// give the ports away as they are; answered by [`Notice::Given`]. What comes for them
-    /// after that is counted to the place in their stead.
-    Give(Vec<PortIndex>, Arc<PortShared>),
-    /// Serve these ports from now on, and the uplink again.
-    Take(Vec<(PortIndex, Slot)>),
+    /// give those away as they are that have a place here; answered by [`Notice::Given`]
+    /// with the number. What comes for them after that is counted to the place in their
+    /// stead. Nothing is given once the move was called off ([`WorkerShared::call_off`]).
+    Give(u64, Vec<PortIndex>, Arc<PortShared>),
+    /// Serve these ports from now on, and the uplink again if it waits for this number.
+    Take(u64, Vec<(PortIndex, Slot)>),
     /// Show frames to this capture; at most [`SINKS_MAX`](super::SINKS_MAX) are served.
     Capture(Box<Sink>),
     /// Give all devices back as they are, at once, and end: another process goes on.
@@ -51,10 +53,10 @@ pub enum Notice {
     Departed(Departed),
     /// The table of this number is in force.
     Switched(u64),
-    /// The uplink waits.
-    Held,
-    /// Ports, with all that belongs to them.
-    Given(Vec<(PortIndex, Slot)>),
+    /// The uplink waits for the move of this number.
+    Held(u64),
+    /// Ports that leave in the move of this number, with all that belongs to them.
+    Given(u64, Vec<(PortIndex, Slot)>),
 }
 
 /// A device a worker has given back, or could not take.
@@ -66,6 +68,12 @@ pub struct Departed {
     pub device: Option<Box<Device>>,
     /// Why it could not be taken.
     pub error: Option<io::Error>,
+}
+
+impl From<(PortIndex, Slot)> for Departed {
+    fn from((port, mut slot): (PortIndex, Slot)) -> Self {
+        Self { port: Some(port), device: slot.take_device(), error: None }
+    }
 }
 
 /// Control's end of a worker.
@@ -99,9 +107,10 @@ impl WorkerHandle {
     /// [`Command::Freeze`]; returns the devices it still had.
     pub fn join(self) -> Vec<Departed> {
         let _ = self.thread.join();
-        let departed = self.notices.try_iter().filter_map(|notice| match notice {
-            Notice::Departed(departed) => Some(departed),
-            Notice::Switched(_) | Notice::Held | Notice::Given(_) => None,
+        let departed = self.notices.try_iter().flat_map(|notice| match notice {
+            Notice::Departed(departed) => vec![departed],
+            Notice::Given(_, ports) => ports.into_iter().map(Departed::from).collect(),
+            Notice::Switched(_) | Notice::Held(_) => Vec::new(),
         });
         departed.collect()
     }

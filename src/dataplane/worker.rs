@@ -48,6 +48,8 @@ const DRAIN_TIME: Duration = Duration::from_millis(20);
 
 mod moves;
 
+use moves::Hold;
+
 /// What the loop takes, beside what its devices do.
 pub const CALLS: &[Call] = &[
     #[cfg(target_arch = "x86_64")]
@@ -88,6 +90,16 @@ impl Slot {
             empty_rounds: 0,
         }
     }
+
+    /// Whether this is the place of the port that is counted here.
+    pub fn belongs_to(&self, shared: &Arc<PortShared>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
+
+    /// Takes the device out, to be closed.
+    pub fn take_device(&mut self) -> Option<Box<Device>> {
+        self.device.take()
+    }
 }
 
 /// The loop and all it owns.
@@ -98,7 +110,7 @@ pub struct Worker {
     uplink: Option<Box<Device>>,
     uplink_shared: Arc<UplinkShared>,
     /// The uplink's frames wait for a port that comes from another worker.
-    held: bool,
+    held: Option<Hold>,
     crowd: Crowd,
     uplink_shed: Option<Instant>,
     slots: Vec<Slot>,
@@ -136,7 +148,7 @@ impl Worker {
             table,
             uplink: None,
             uplink_shared,
-            held: false,
+            held: None,
             crowd: Crowd::default(),
             uplink_shed: None,
             hot: Vec::with_capacity(slots.len()),
@@ -196,7 +208,7 @@ impl Worker {
             let timeout = match self.pace.next(moved, now) {
                 Step::Again if !rounds.is_multiple_of(ROUNDS_PER_POLL) => continue,
                 Step::Again => Some(Duration::ZERO),
-                Step::Sleep => None,
+                Step::Sleep => self.held.as_ref().map(|_| moves::HOLD_TIME),
             };
             if self.poll_events(timeout) && self.obey().is_break() {
                 return;
@@ -246,12 +258,11 @@ impl Worker {
         let Some(uplink) = self.uplink.as_deref_mut().filter(|device| device.is_ready()) else {
             return false;
         };
-        if self.held {
-            if moves::has_room(uplink) {
+        if let Some(hold) = &self.held {
+            if hold.lasts(uplink, now) {
                 return false;
             }
-            // Others' frames are not lost for the sake of one port.
-            self.held = false;
+            self.held = None;
         }
         // Below a burst there is no backlog worth a look.
         let fill = if uplink.has_burst() { uplink.ring_fill() } else { 0 };
@@ -395,9 +406,9 @@ impl Worker {
                     self.police();
                     let _ = self.notices.send(Notice::Switched(number));
                 }
-                Command::Hold => self.hold(),
-                Command::Give(ports, instead) => self.give(&ports, &instead),
-                Command::Take(ports) => self.take(ports),
+                Command::Hold(number) => self.hold(number),
+                Command::Give(number, ports, instead) => self.give(number, &ports, &instead),
+                Command::Take(number, ports) => self.take(number, ports),
                 Command::Capture(sink) => self.capture(sink),
                 Command::Freeze => {
                     self.freeze();

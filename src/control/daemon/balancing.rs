@@ -8,20 +8,25 @@ use crate::control::config::Rebalance;
 use crate::control::mapping::PortConfig;
 use crate::control::placement;
 use crate::control::server::Refusal;
+use crate::control::start_error::StartError;
 use crate::switch::PortIndex;
 use std::collections::BTreeMap;
+use tracing::warn;
 
 impl Daemon {
     /// Brings ports to one worker that are to exchange VLANs or to share one, and finds
     /// workers for new ports; steers what they will claim. To be called before the new
     /// table is in force.
+    ///
+    /// # Errors
+    /// [`StartError::Silent`]: what they will claim is steered as before.
     pub(super) fn bring_together(
         &mut self,
         added: &[PortIndex],
         changed: &[(PortIndex, PortConfig)],
-    ) {
+    ) -> Result<(), StartError> {
         if self.uplink.steering.is_none() {
-            return;
+            return Ok(());
         }
         let memberships = self.ports.memberships();
         let before: Vec<_> = memberships
@@ -58,7 +63,7 @@ impl Daemon {
             }
         }
         for ((from, to), ports) in moves {
-            self.move_ports(&ports, from, to);
+            self.move_ports(&ports, from, to)?;
         }
         let new = added.iter().filter_map(|position| {
             Some((self.ports.get(*position)?.worker, &self.ports.get(*position)?.config))
@@ -69,6 +74,7 @@ impl Daemon {
         for (worker, config) in new.chain(other) {
             self.steer(&config.membership, worker);
         }
+        Ok(())
     }
 
     /// Moves a group of ports if the load of the last second suggests it.
@@ -95,13 +101,15 @@ impl Daemon {
         };
         let [busy, idle] = loads.map(|load| load * 100.0);
         let why = format!("worker {from} was {busy:.0} % loaded, worker {to} {idle:.0} %");
-        self.move_group(&groups, group, to, &why);
+        if let Err(error) = self.move_group(&groups, group, to, &why) {
+            warn!("{error}");
+        }
     }
 
     /// Moves a port, and those it shares a VLAN with, as a caller asks for.
     ///
     /// # Errors
-    /// [`Refusal`]: no such port, or no such worker.
+    /// [`Refusal`]: no such port, no such worker, or one that does not answer.
     pub(super) fn move_port(&mut self, name: &str, worker: u32) -> Result<PortReply, Refusal> {
         let name = name.strip_prefix("internal:").unwrap_or(name).to_owned();
         let Some((position, _)) = self.ports.by_device(&name) else {
@@ -117,28 +125,33 @@ impl Daemon {
         }
         let groups = placement::groups(&[&self.ports.memberships()]);
         let group = groups.get(position).copied().unwrap_or(position);
-        let from = self.ports.get(position).map_or(0, |port| port.worker);
-        if from != worker {
-            self.move_group(&groups, group, worker, "as asked for");
-        }
+        self.move_group(&groups, group, worker, "as asked for").map_err(Refusal::failed)?;
         Ok(PortReply { port: self.port_called(&name)?, notes: None })
     }
 
-    fn move_group(&mut self, groups: &[PortIndex], group: PortIndex, to: usize, why: &str) {
-        let members: Vec<PortIndex> = self
-            .ports
-            .iter()
-            .map(|(position, _)| position)
-            .filter(|position| groups.get(*position) == Some(&group))
-            .collect();
-        let Some(from) = self.ports.get(group).map(|port| port.worker) else { return };
-        self.move_ports(&members, from, to);
-        for position in members {
-            let Some(port) = self.ports.get_mut(position) else { continue };
-            port.rest = balance::REST;
-            let name = port.config.device.clone();
-            let text = format!("{name}: moved from worker {from} to worker {to}: {why}");
-            self.tell(EventKind::PortMoved, Some(&name), text);
+    fn move_group(
+        &mut self,
+        groups: &[PortIndex],
+        group: PortIndex,
+        to: usize,
+        why: &str,
+    ) -> Result<(), StartError> {
+        let mut moves: BTreeMap<usize, Vec<PortIndex>> = BTreeMap::new();
+        for (position, port) in self.ports.iter() {
+            if groups.get(position) == Some(&group) && port.worker != to {
+                moves.entry(port.worker).or_default().push(position);
+            }
         }
+        for (from, members) in moves {
+            self.move_ports(&members, from, to)?;
+            for position in members {
+                let Some(port) = self.ports.get_mut(position) else { continue };
+                port.rest = balance::REST;
+                let name = port.config.device.clone();
+                let text = format!("{name}: moved from worker {from} to worker {to}: {why}");
+                self.tell(EventKind::PortMoved, Some(&name), text);
+            }
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@
 //! are not touched.
 
 use super::Daemon;
-use super::devices::close_opened;
+use super::devices::{Opened, close_opened};
 use super::ports::Port;
 use crate::control::api::{EventKind, ReloadReply};
 use crate::control::checks;
@@ -16,7 +16,7 @@ use crate::control::config::{Config, ConfigErrors, diff};
 use crate::control::mapping::{DeviceKind, PortConfig};
 use crate::control::start_error::StartError;
 use crate::frame::{Tpid, Vid};
-use crate::switch::{PortIndex, Table};
+use crate::switch::{Conflict, PortIndex, Table};
 use std::collections::HashSet;
 use thiserror::Error;
 use tracing::warn;
@@ -130,33 +130,8 @@ impl Daemon {
             self.ports.insert(*position, Port::new(config.clone()));
         }
         let created_before = self.created();
-        let prepared = self.open_ports(&positions).map(|opened| {
-            let mut configs = self.ports.configs();
-            for (position, config) in &changed {
-                if let Some(place) = configs.get_mut(*position) {
-                    *place = Some(config);
-                }
-            }
-            for position in &removed {
-                if let Some(place) = configs.get_mut(*position) {
-                    *place = None;
-                }
-            }
-            let memberships = configs.iter().map(|config| config.map(|one| &one.membership));
-            let rules = configs.iter().map(|config| config.map(|one| &one.police));
-            let table = Table::compile(memberships);
-            (opened, table.map(|table| table.with_police(rules)))
-        });
-        let (opened, table) = match prepared {
-            Ok((opened, Ok(table))) => (opened, table),
-            Ok((opened, Err(conflict))) => {
-                close_opened(opened);
-                self.close_ports(&positions, created_before);
-                for position in positions {
-                    self.ports.remove(position);
-                }
-                return Err(StartError::from(conflict).into());
-            }
+        let (opened, table) = match self.prepare(&positions, &removed, &changed) {
+            Ok(prepared) => prepared,
             Err(error) => {
                 self.close_ports(&positions, created_before);
                 for position in positions {
@@ -166,7 +141,6 @@ impl Daemon {
             }
         };
         // From here on nothing can fail.
-        self.bring_together(&positions, &changed);
         for position in &positions {
             if let Some(port) = self.ports.get(*position) {
                 self.workers.add(*position, port.worker, &port.shared);
@@ -213,6 +187,46 @@ impl Daemon {
         // Carrier and state may have changed through what was set just now.
         self.follow_links();
         Ok(notes)
+    }
+
+    /// Opens what is new, makes the table, and brings the ports to the workers that are to
+    /// have them.
+    ///
+    /// # Errors
+    /// [`StartError`]; new devices are for the caller to give back.
+    fn prepare(
+        &mut self,
+        added: &[PortIndex],
+        removed: &[PortIndex],
+        changed: &[(PortIndex, PortConfig)],
+    ) -> Result<(Vec<Opened>, Table), StartError> {
+        let opened = self.open_ports(added)?;
+        let table = self.table_after(removed, changed).map_err(StartError::from);
+        match table.and_then(|table| self.bring_together(added, changed).map(|()| table)) {
+            Ok(table) => Ok((opened, table)),
+            Err(error) => {
+                close_opened(opened);
+                Err(error)
+            }
+        }
+    }
+
+    /// The table that a change leads to.
+    fn table_after(
+        &self,
+        removed: &[PortIndex],
+        changed: &[(PortIndex, PortConfig)],
+    ) -> Result<Table, Conflict> {
+        let mut configs = self.ports.configs();
+        let changed = changed.iter().map(|(position, config)| (position, Some(config)));
+        for (position, config) in changed.chain(removed.iter().map(|position| (position, None))) {
+            if let Some(place) = configs.get_mut(*position) {
+                *place = config;
+            }
+        }
+        let memberships = configs.iter().map(|config| config.map(|one| &one.membership));
+        let rules = configs.iter().map(|config| config.map(|one| &one.police));
+        Table::compile(memberships).map(|table| table.with_police(rules))
     }
 
     /// Checks everything that can be checked without changing anything.

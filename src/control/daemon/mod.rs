@@ -121,6 +121,8 @@ pub struct Daemon {
     claim: OwnedFd,
     /// How many tables the worker was given.
     tables: u64,
+    /// How many moves of ports were begun.
+    moves: u64,
     /// Devices that are there and could not be attached, as was said.
     left_out: Vec<u32>,
     /// Overruns of netlink that were followed up.
@@ -207,6 +209,7 @@ impl Daemon {
             confined: None,
             claim,
             tables: 0,
+            moves: 0,
             left_out: Vec::new(),
             overruns_seen: 0,
             handed_over: false,

@@ -18,6 +18,8 @@ pub struct Port {
     pub config: PortConfig,
     /// The number of its worker.
     pub worker: usize,
+    /// The move its worker has not answered in time: it may bring the device yet.
+    pub under_way: Option<u64>,
     /// Looks at the load for which it is not to change that again.
     pub rest: u32,
     /// What its worker counts.
@@ -34,6 +36,7 @@ impl Port {
         Self {
             config,
             worker: 0,
+            under_way: None,
             rest: 0,
             shared: Arc::default(),
             attached: None,

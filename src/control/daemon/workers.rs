@@ -18,7 +18,7 @@ use crate::control::placement::{self, Key};
 use crate::control::privileges::{self, ConfineError};
 use crate::control::start_error::StartError;
 use crate::dataplane::{
-    Abilities, Command, Departed, FlowSnapshot, Notice, PortShared, UplinkShared, Worker,
+    Abilities, Command, Departed, FlowSnapshot, Notice, PortShared, Slot, UplinkShared, Worker,
     WorkerHandle, WorkerShared,
 };
 use crate::port::{Device, DeviceState};
@@ -34,8 +34,9 @@ use tracing::warn;
 const PATIENCE: Duration = Duration::from_millis(200);
 /// How long it may forward what a device has received.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(20);
-/// How long a worker may take to answer that gives ports away, or waits for them. Frames
-/// of these ports wait meanwhile, and others' for as long as there is room.
+/// How long a worker may take to answer that gives ports away, or waits for them. What the
+/// uplink brings for these ports waits for the first 50 ms (`dataplane`'s moves) and is
+/// then lost as `wrong_worker`; others' frames go on after that time.
 const MOVE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a frame may be on its way between the look that steers it and the ring: some
 /// instructions of a softirq, unless the hypervisor takes the CPU away meanwhile.
@@ -197,6 +198,13 @@ impl Workers {
         }
     }
 
+    /// Calls off a move that a worker has not answered.
+    fn call_off(&self, worker: usize, number: u64) {
+        if let Some(seat) = self.0.get(worker) {
+            seat.shared.call_off(number);
+        }
+    }
+
     /// Ends all by this command; returns the devices they had, by worker.
     pub fn end(&mut self, command: impl Fn() -> Command) -> Vec<Vec<Departed>> {
         self.send_all(command);
@@ -297,10 +305,15 @@ impl Daemon {
     }
 
     /// Tells workers to give devices back (`None`: all of the uplink's).
-    pub(super) fn ask_back(&self, ports: &[Option<PortIndex>]) {
+    pub(super) fn ask_back(&mut self, ports: &[Option<PortIndex>]) {
         for port in ports {
             match port {
-                Some(position) => self.command_for(*position, Command::Detach(*port)),
+                Some(position) => {
+                    if let Some(port) = self.ports.get_mut(*position) {
+                        port.under_way = None;
+                    }
+                    self.command_for(*position, Command::Detach(*port));
+                }
                 None => self.workers.send_all(|| Command::Detach(None)),
             }
         }
@@ -382,8 +395,8 @@ impl Daemon {
         let Departed { port, error: Some(error), device } = (match notice {
             Notice::Departed(departed) => departed,
             // Later than it was waited for.
-            Notice::Given(ports) => return self.pass_on(ports),
-            Notice::Switched(_) | Notice::Held => return,
+            Notice::Given(number, ports) => return self.pass_on(number, ports),
+            Notice::Switched(_) | Notice::Held(_) => return,
         }) else {
             // The device it may hold is closed here.
             return;
@@ -395,43 +408,113 @@ impl Daemon {
         }
     }
 
-    /// Gives ports that left one worker to the one they belong to now.
-    fn pass_on(&self, ports: Vec<(PortIndex, crate::dataplane::Slot)>) {
-        for (position, slot) in ports {
-            self.command_for(position, Command::Take(vec![(position, slot)]));
+    /// Gives ports that left their worker later than it was waited for to the one they
+    /// belong to: that one, as the move was called off.
+    fn pass_on(&mut self, number: u64, ports: Vec<(PortIndex, Slot)>) {
+        for (position, mut slot) in ports {
+            // Another port may be there by now: what this one had is closed here.
+            let port = self.ports.get_mut(position).filter(|port| slot.belongs_to(&port.shared));
+            let Some(port) = port else { continue };
+            if port.under_way.take() != Some(number) {
+                // Asked back since.
+                drop(slot.take_device());
+            }
+            self.workers.send(port.worker, Command::Take(number, vec![(position, slot)]));
         }
     }
 
-    /// Moves ports from one worker to another: no frame is lost, and each of their flows
-    /// stays in order. A port's group must be among them, whole.
-    pub(super) fn move_ports(&mut self, ports: &[PortIndex], from: usize, to: usize) {
-        if from == to || ports.is_empty() {
-            return;
-        }
-        self.workers.send(to, Command::Hold);
+    /// Moves ports from one worker to another: each of their flows stays in order, and no
+    /// frame is lost if both answer at once. A port's group must be among them, whole.
+    ///
+    /// # Errors
+    /// [`StartError::Silent`]: all is as before.
+    pub(super) fn move_ports(
+        &mut self,
+        ports: &[PortIndex],
+        from: usize,
+        to: usize,
+    ) -> Result<(), StartError> {
+        let strays = self.workers.0.get(from).map(|seat| Arc::clone(&seat.strays));
+        let Some(strays) = strays.filter(|_| from != to && !ports.is_empty()) else {
+            return Ok(());
+        };
+        self.moves += 1;
+        let number = self.moves;
+        self.workers.send(to, Command::Hold(number));
+        let held = |notice: &Notice| matches!(notice, Notice::Held(other) if *other == number);
         let deadline = Instant::now() + MOVE_PATIENCE;
-        let held = self.await_notice(to, deadline, |notice| matches!(notice, Notice::Held));
-        if held.is_none() {
-            // Nothing has been steered yet: all stays as it is.
-            return self.workers.send(to, Command::Take(Vec::new()));
+        if self.await_notice(to, deadline, held).is_none() {
+            // Nothing has been steered yet.
+            self.workers.send(to, Command::Take(number, Vec::new()));
+            return Err(StartError::Silent(to));
         }
+        self.assign(ports, to);
+        self.workers.send(from, Command::Give(number, ports.to_vec(), strays));
+        let given = |notice: &Notice| matches!(notice, Notice::Given(other, _) if *other == number);
+        let deadline = Instant::now() + MOVE_PATIENCE;
+        if let Some(Notice::Given(_, ports)) = self.await_notice(from, deadline, given) {
+            self.workers.send(to, Command::Take(number, ports));
+            return Ok(());
+        }
+        self.workers.call_off(from, number);
+        self.assign(ports, from);
         for position in ports {
             if let Some(port) = self.ports.get_mut(*position) {
-                port.worker = to;
-                steer(self.uplink.steering.as_ref(), &port.config.membership, to);
+                // It may be about to give them: they go back when it has.
+                port.under_way = Some(number);
+            }
+        }
+        self.workers.send(to, Command::Take(number, Vec::new()));
+        Err(StartError::Silent(from))
+    }
+
+    /// Makes ports a worker's, and sends their frames there.
+    fn assign(&mut self, ports: &[PortIndex], worker: usize) {
+        for position in ports {
+            if let Some(port) = self.ports.get_mut(*position) {
+                port.worker = worker;
+                steer(self.uplink.steering.as_ref(), &port.config.membership, worker);
             }
         }
         std::thread::sleep(STRAGGLER_TIME);
-        let Some(strays) = self.workers.0.get(from).map(|seat| Arc::clone(&seat.strays)) else {
-            return;
-        };
-        self.workers.send(from, Command::Give(ports.to_vec(), strays));
-        let given = |notice: &Notice| matches!(notice, Notice::Given(_));
-        let deadline = Instant::now() + MOVE_PATIENCE;
-        match self.await_notice(from, deadline, given) {
-            Some(Notice::Given(ports)) => self.workers.send(to, Command::Take(ports)),
-            // It has lost its CPU: they follow when it answers.
-            _ => self.workers.send(to, Command::Take(Vec::new())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::indexing_slicing, reason = "tests fail by panicking")]
+    use super::*;
+
+    fn seat() -> Seat {
+        Seat {
+            handle: None,
+            shared: Arc::default(),
+            uplink: Arc::default(),
+            strays: Arc::default(),
+            watched: WatchedWorker::default(),
+            pressure: 0.0,
+            overruns: 0,
+            heartbeat: Heartbeat::new(None, Instant::now()),
+            cpu: None,
         }
+    }
+
+    #[test]
+    fn strays_are_the_uplinks_drops() {
+        let workers = Workers(vec![seat(), seat()]);
+        for (seat, strays) in workers.iter().zip([3, 1]) {
+            seat.uplink.from_wire.add_in(100, 6000);
+            seat.uplink.from_wire.add_drops(DropReason::UnmappedVlan, 10);
+            seat.uplink.from_wire.add_out(90, 5400);
+            seat.strays.to_guest.add_in(strays, strays * 60);
+            // What else their place says of them is that there is no guest.
+            seat.strays.to_guest.add_drops(DropReason::GuestAbsent, strays);
+        }
+        let flow = workers.uplink_flow();
+        assert_eq!((flow.in_frames, flow.in_bytes), (200, 12_000));
+        assert_eq!((flow.out_frames, flow.out_bytes), (176, 10_560));
+        assert_eq!(flow.drops[DropReason::WrongWorker.index()], 4);
+        assert_eq!(flow.drops[DropReason::GuestAbsent.index()], 0);
+        assert_eq!(flow.in_frames, flow.out_frames + flow.dropped());
     }
 }
