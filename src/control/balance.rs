@@ -45,12 +45,13 @@ pub struct Move {
 }
 
 /// The best move, if one pays. `loads` tells how busy each worker was, 0 to 1, or 1 for one that
-/// lost frames.
-pub fn decide(loads: &[f64], groups: &[Moving]) -> Option<Move> {
-    let by_load = |one: &(usize, &f64), other: &(usize, &f64)| one.1.total_cmp(other.1);
-    let (from, busiest) = loads.iter().enumerate().max_by(by_load)?;
-    let (to, idlest) = loads.iter().enumerate().min_by(by_load)?;
-    if *busiest < BUSY {
+/// lost frames, or nothing for one that does not answer: it looks idle and is not.
+pub fn decide(loads: &[Option<f64>], groups: &[Moving]) -> Option<Move> {
+    let by_load = |one: &(usize, f64), other: &(usize, f64)| one.1.total_cmp(&other.1);
+    let answering = || loads.iter().enumerate().filter_map(|(at, load)| Some((at, (*load)?)));
+    let (from, busiest) = answering().max_by(by_load)?;
+    let (to, idlest) = answering().min_by(by_load)?;
+    if busiest < BUSY {
         return None;
     }
     let theirs = || groups.iter().filter(|group| group.worker == from);
@@ -65,7 +66,7 @@ pub fn decide(loads: &[f64], groups: &[Moving]) -> Option<Move> {
         group: best.group,
         from,
         to,
-        loads: [*busiest, *idlest],
+        loads: [busiest, idlest],
     })
 }
 
@@ -84,6 +85,20 @@ mod tests {
                 rests: false,
             })
             .collect()
+    }
+
+    /// With workers that all answer.
+    fn decide(loads: &[f64], groups: &[Moving]) -> Option<Move> {
+        super::decide(&loads.iter().copied().map(Some).collect::<Vec<_>>(), groups)
+    }
+
+    #[test]
+    fn who_does_not_answer_is_not_idle() {
+        let all = groups(&[(0, 100), (0, 90), (1, 10)]);
+        let workers = |other| super::decide(&[Some(0.9), Some(0.3), other], &all).unwrap().to;
+        assert_eq!((workers(None), workers(Some(0.0))), (1, 2));
+        assert_eq!(super::decide(&[Some(0.9), None], &all), None);
+        assert_eq!(super::decide(&[None, None], &all), None);
     }
 
     /// Applies moves until none pays; returns how many and where groups are.

@@ -55,13 +55,13 @@ fn root(first: &[PortIndex], mut position: PortIndex) -> PortIndex {
 }
 
 /// The worker of each position, each group on one: where most of it is now, or where the
-/// fewest ports are. `before` is where ports are now, if anywhere; `present` tells which
-/// positions are to have a port.
+/// fewest ports are of the workers that are `usable` (of all, if none is). `before` is
+/// where ports are now, if anywhere; `present` tells which positions are to have a port.
 pub fn place(
     groups: &[PortIndex],
     before: &[Option<usize>],
     present: &[bool],
-    workers: usize,
+    usable: &[bool],
 ) -> Vec<usize> {
     let mut members: HashMap<PortIndex, Vec<PortIndex>> = HashMap::new();
     for (position, group) in groups.iter().enumerate() {
@@ -69,7 +69,7 @@ pub fn place(
     }
     let is_present = |position: &PortIndex| present.get(*position).copied().unwrap_or(false);
     let now = |position: &PortIndex| before.get(*position).copied().flatten();
-    let mut counts = vec![0_usize; workers.max(1)];
+    let mut counts = vec![0_usize; usable.len().max(1)];
     let mut placed = vec![0; groups.len()];
     let mut order: Vec<(&PortIndex, &Vec<PortIndex>)> = members.iter().collect();
     // Those that are somewhere first, so that new ones see all counts.
@@ -87,7 +87,7 @@ pub fn place(
         });
         let worker = match most {
             Some((worker, votes)) if *votes > 0 => worker,
-            _ => fewest(&counts),
+            _ => fewest(&counts, usable),
         };
         if let Some(count) = counts.get_mut(worker) {
             *count += ports.iter().filter(|port| is_present(port)).count();
@@ -101,8 +101,10 @@ pub fn place(
     placed
 }
 
-fn fewest(counts: &[usize]) -> usize {
-    let fewest = counts.iter().enumerate().min_by_key(|(worker, count)| (**count, *worker));
+fn fewest(counts: &[usize], usable: &[bool]) -> usize {
+    let fewest = counts.iter().enumerate().min_by_key(|(worker, count)| {
+        (!usable.get(*worker).copied().unwrap_or(false), **count, *worker)
+    });
     fewest.map_or(0, |(worker, _)| worker)
 }
 
@@ -149,15 +151,21 @@ mod tests {
     #[test]
     fn new_ports_spread_and_old_ones_stay() {
         let groups: Vec<usize> = (0..6).collect();
-        assert_eq!(place(&groups, &[], &[true; 6], 3), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(place(&groups, &[], &[true; 6], &[true; 3]), [0, 1, 2, 0, 1, 2]);
         let before = [Some(1), Some(1), None, None, None, Some(1)];
-        let placed = place(&groups, &before, &[true; 6], 2);
+        let placed = place(&groups, &before, &[true; 6], &[true; 2]);
         assert_eq!(placed, [1, 1, 0, 0, 0, 1]);
+        // No new port for a worker that does not answer, and none is taken from it.
+        let placed = place(&groups, &before, &[true; 6], &[false, true]);
+        assert_eq!(placed, [1; 6]);
+        let placed = place(&groups, &before, &[true; 6], &[true, false]);
+        assert_eq!(placed, [1, 1, 0, 0, 0, 1]);
+        assert_eq!(place(&groups, &[], &[true; 6], &[false; 2]), [0, 1, 0, 1, 0, 1]);
     }
 
     #[test]
     fn a_group_goes_where_most_of_it_is() {
-        let placed = place(&[0, 0, 0, 3], &[Some(0), Some(1), Some(1), None], &[true; 4], 2);
+        let placed = place(&[0, 0, 0, 3], &[Some(0), Some(1), Some(1), None], &[true; 4], &[true; 2]);
         assert_eq!(placed, [1, 1, 1, 0]);
     }
 }

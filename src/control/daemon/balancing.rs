@@ -2,6 +2,7 @@
 //! configuration demands, what the load suggests, and what a caller asks for.
 
 use super::Daemon;
+use super::workers::Seat;
 use crate::control::api::{EventKind, PortReply};
 use crate::control::balance::{self, Moving};
 use crate::control::config::Rebalance;
@@ -11,6 +12,7 @@ use crate::control::server::Refusal;
 use crate::control::start_error::StartError;
 use crate::switch::PortIndex;
 use std::collections::BTreeMap;
+use std::time::Instant;
 use tracing::warn;
 
 impl Daemon {
@@ -49,7 +51,9 @@ impl Daemon {
             })
             .collect();
         let present: Vec<bool> = after.iter().map(Option::is_some).collect();
-        let placed = placement::place(&groups, &now, &present, self.workers.len());
+        let time = Instant::now();
+        let usable: Vec<bool> = self.workers.iter().map(|seat| !seat.is_silent(time)).collect();
+        let placed = placement::place(&groups, &now, &present, &usable);
         let mut moves: BTreeMap<(usize, usize), Vec<PortIndex>> = BTreeMap::new();
         for (position, (from, to)) in now.iter().zip(&placed).enumerate() {
             match from {
@@ -93,7 +97,9 @@ impl Daemon {
             moving.rests |= port.rest > 0;
             port.rest = port.rest.saturating_sub(1);
         }
-        let loads: Vec<f64> = self.workers.iter().map(|seat| seat.pressure).collect();
+        let now = Instant::now();
+        let load = |seat: &Seat| (!seat.is_silent(now)).then_some(seat.pressure);
+        let loads: Vec<Option<f64>> = self.workers.iter().map(load).collect();
         let moving: Vec<Moving> = moving.into_values().collect();
         let Some(balance::Move { group, from, to, loads }) = balance::decide(&loads, &moving)
         else {

@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 /// when the second after that is due, and a busy machine is late for both.
 const INTERVAL_MAX: Duration = Duration::from_millis(900);
 
+/// How long an answer may take on a busy machine, and all is well.
+const SILENCE_MIN: Duration = Duration::from_millis(100);
+
 /// The beats of a worker.
 #[derive(Debug)]
 pub struct Heartbeat {
@@ -53,6 +56,12 @@ impl Heartbeat {
     /// Whether a beat was not answered in time.
     pub fn is_stuck(&self) -> bool {
         self.stuck
+    }
+
+    /// Whether it owes an answer, by the number of beats it has answered: it is not to be
+    /// given anything to do.
+    pub fn is_silent(&self, answered: u64, now: Instant) -> bool {
+        answered < self.asked && now.saturating_duration_since(self.asked_at) >= SILENCE_MIN
     }
 
     /// Looks at the number of beats a worker has answered in all.
@@ -116,6 +125,22 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_owes_an_answer_is_silent() {
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        let mut beats = Heartbeat::new(None, start);
+        assert!(!beats.is_silent(0, at(5000)), "nothing was asked");
+        assert_eq!(beats.look(0, at(5000)), Pulse::Answered);
+        assert!(!beats.is_silent(0, at(5010)), "just asked");
+        assert!(beats.is_silent(0, at(5100)));
+        assert!(!beats.is_silent(1, at(5100)));
+        assert_eq!(beats.look(0, at(5900)), Pulse::Lost);
+        assert_eq!(beats.look(0, at(6800)), Pulse::StillLost);
+        assert!(beats.is_silent(0, at(6800)));
+        assert!(!beats.is_silent(1, at(6801)), "answered, and not looked at yet");
+    }
 
     #[test]
     fn a_stuck_worker_is_noticed_once_within_two_seconds() {

@@ -247,7 +247,7 @@ pub fn place_ports(ports: &mut Ports, workers: usize) -> Result<Option<Steering>
     let memberships = ports.memberships();
     let groups = placement::groups(&[&memberships]);
     let present = vec![true; groups.len()];
-    let placed = placement::place(&groups, &[], &present, workers);
+    let placed = placement::place(&groups, &[], &present, &vec![true; workers]);
     for (position, port) in ports.iter_mut() {
         port.worker = placed.get(position).copied().unwrap_or(0);
         steer(steering.as_ref(), &port.config.membership, port.worker);
@@ -259,6 +259,11 @@ impl Seat {
     /// Beats it has answered.
     pub fn beats(&self) -> u64 {
         self.shared.beats()
+    }
+
+    /// Whether it owes an answer.
+    pub fn is_silent(&self, now: Instant) -> bool {
+        self.heartbeat.is_silent(self.beats(), now)
     }
 }
 
@@ -438,6 +443,9 @@ impl Daemon {
         let Some(strays) = strays.filter(|_| from != to && !ports.is_empty()) else {
             return Ok(());
         };
+        if let Some(silent) = [from, to].into_iter().find(|worker| self.is_silent(*worker)) {
+            return Err(StartError::Silent(silent));
+        }
         self.moves += 1;
         let number = self.moves;
         self.workers.send(to, Command::Hold(number));
@@ -466,6 +474,11 @@ impl Daemon {
         }
         self.workers.send(to, Command::Take(number, Vec::new()));
         Err(StartError::Silent(from))
+    }
+
+    /// Whether a worker owes an answer.
+    pub(super) fn is_silent(&self, worker: usize) -> bool {
+        self.workers.0.get(worker).is_some_and(|seat| seat.is_silent(Instant::now()))
     }
 
     /// Makes ports a worker's, and sends their frames there.
