@@ -387,17 +387,38 @@ impl Daemon {
 
     /// The uplink cannot be polled by a worker.
     pub(super) fn uplink_failed(&mut self, error: &io::Error) {
+        if self.uplink.attached.is_none() {
+            // Another worker has said so.
+            return;
+        }
         warn!("uplink {}: cannot be polled: {error}", self.name);
+        self.give_up_uplink();
+        // The other workers' parts: what is opened next would bring each frame again.
+        self.take_back(None);
+    }
+
+    /// Forgets the uplink until it can be attached anew, and gives it back.
+    pub(super) fn give_up_uplink(&mut self) {
         self.workers.publish_uplink(None);
-        if let Some((_, _, found)) = self.uplink.attached.take() {
+        self.uplink.watched.see_state(DeviceState::Absent);
+        self.count_overruns();
+        if let Some((_, counters, found)) = self.uplink.attached.take() {
+            drop(counters);
             self.host.give_uplink_back(&found);
         }
     }
 
     /// A port's device cannot be polled by its worker.
     pub(super) fn port_failed(&mut self, position: PortIndex, error: &io::Error) {
-        if let Some(port) = self.ports.get_mut(position) {
+        if let Some(port) = self.ports.get(position) {
             warn!("{}: cannot be polled: {error}", port.config.device);
+        }
+        self.give_up_port(position);
+    }
+
+    /// Forgets a port's device until it can be attached anew, and gives it back.
+    pub(super) fn give_up_port(&mut self, position: PortIndex) {
+        if let Some(port) = self.ports.get_mut(position) {
             publish(&port.shared.link, None);
             port.watched.see_state(DeviceState::Absent);
         }
