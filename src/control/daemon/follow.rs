@@ -107,6 +107,10 @@ impl Daemon {
             return;
         }
         if link.name == self.name && self.uplink.attached.is_none() {
+            if self.is_late(None) {
+                // Tried again once it is back.
+                return;
+            }
             match self.attach_uplink(link) {
                 Ok(()) if self.uplink.attached.is_none() => {}
                 Ok(()) => {
@@ -119,7 +123,9 @@ impl Daemon {
             return;
         }
         let waiting = self.ports.by_device(&link.name);
-        let waiting = waiting.filter(|(_, port)| port.attached.is_none());
+        let waiting = waiting.filter(|(position, port)| {
+            port.attached.is_none() && !self.is_late(Some(*position))
+        });
         if let Some(position) = waiting.map(|(position, _)| position) {
             match self.adopt(position, link) {
                 Ok(()) => {

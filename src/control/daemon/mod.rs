@@ -33,6 +33,7 @@ use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
 use crate::dataplane::Abilities;
+use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
 pub use leftovers::give_back;
@@ -50,7 +51,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{UnixAddr, getsockname};
 use ports::Ports;
 use scraped::Scraped;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -123,6 +124,8 @@ pub struct Daemon {
     tables: u64,
     /// How many moves of ports were begun.
     moves: u64,
+    /// Devices that were asked back and not given back in time, by worker.
+    late: HashSet<(usize, Option<PortIndex>)>,
     /// Devices that are there and could not be attached, as was said.
     left_out: Vec<u32>,
     /// Overruns of netlink that were followed up.
@@ -210,6 +213,7 @@ impl Daemon {
             claim,
             tables: 0,
             moves: 0,
+            late: HashSet::new(),
             left_out: Vec::new(),
             overruns_seen: 0,
             handed_over: false,

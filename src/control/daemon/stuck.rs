@@ -8,6 +8,10 @@
 //! from others before, so the ring is opened again when an interval has passed in which
 //! the kernel dropped all it was offered.
 //!
+//! The same is seen of a ring whose worker has no CPU: those of a worker that owes an
+//! answer are left alone. And nothing is opened before the worker has given the old device
+//! back. A device that cannot be opened again is given up, and attached like one that comes.
+//!
 //! That interrupts the port, and keeps control for some milliseconds. So there is one a
 //! tick at most, and a port that needs it again and again waits longer each time.
 
@@ -41,6 +45,12 @@ impl RingWatch {
         self.lost += count.overruns;
     }
 
+    /// Forgets what it has seen since the last look: a ring that nobody reads fills up as a
+    /// stuck one does.
+    fn forget(&mut self) {
+        (self.kept, self.lost) = (0, 0);
+    }
+
     /// Whether to open the ring again now; to be asked once a tick.
     fn is_stuck(&mut self, now: Instant) -> bool {
         if std::mem::take(&mut self.kept) > 0 {
@@ -65,12 +75,20 @@ impl RingWatch {
 impl Daemon {
     /// Opens a ring again that takes no frames any more, if there is one.
     pub(super) fn free_stuck_ring(&mut self, now: Instant) {
-        if self.uplink.watched.ring.is_stuck(now) {
+        let silent: Vec<bool> = self.workers.iter().map(|seat| seat.is_silent(now)).collect();
+        let ring = &mut self.uplink.watched.ring;
+        if silent.contains(&true) {
+            ring.forget();
+        } else if ring.is_stuck(now) {
             let name = format!("uplink {}", self.name);
             let result = self.reopen_uplink();
             return self.tell_reopened(&name, result);
         }
         let stuck = self.ports.iter_mut().find_map(|(position, port)| {
+            if silent.get(port.worker) == Some(&true) {
+                port.watched.ring.forget();
+                return None;
+            }
             let stuck = port.index().is_some() && port.watched.ring.is_stuck(now);
             stuck.then(|| (position, port.config.device.clone()))
         });
@@ -90,7 +108,9 @@ impl Daemon {
                 );
                 self.tell(EventKind::Overload, Some(name), text);
             }
-            Err(error) => warn!("{name}: its ring is stuck and cannot be opened again: {error}"),
+            Err(error) => {
+                warn!("{name}: its ring is stuck and cannot be opened again now: {error}");
+            }
         }
     }
 
@@ -100,10 +120,20 @@ impl Daemon {
         let Some(link) = link else { return Ok(()) };
         // Closed first: of two rings at once each would bring every frame.
         self.take_back(Some(position));
-        let device = open(&link, self.port_ring())?;
-        let opened = Opened::adopted(position, Some(link), device)?;
-        self.attach_ports(vec![opened]);
-        Ok(())
+        let opened = self.given_back(Some(position)).and_then(|()| {
+            let device = open(&link, self.port_ring())?;
+            Opened::adopted(position, Some(link), device)
+        });
+        match opened {
+            Ok(opened) => {
+                self.attach_ports(vec![opened]);
+                Ok(())
+            }
+            Err(error) => {
+                self.give_up_port(position);
+                Err(error)
+            }
+        }
     }
 
     fn reopen_uplink(&mut self) -> Result<(), StartError> {
@@ -111,12 +141,25 @@ impl Daemon {
         let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
         let Some(link) = link else { return Ok(()) };
         self.take_back(None);
-        let (fresh, devices) = self.open_uplink(&link)?;
-        if let Some((_, counters, _)) = &mut self.uplink.attached {
-            *counters = fresh;
+        match self.given_back(None).and_then(|()| self.open_uplink(&link)) {
+            Ok((fresh, devices)) => {
+                if let Some((_, counters, _)) = &mut self.uplink.attached {
+                    *counters = fresh;
+                }
+                self.attach_parts(devices);
+                Ok(())
+            }
+            Err(error) => {
+                self.give_up_uplink();
+                Err(error)
+            }
         }
-        self.attach_parts(devices);
-        Ok(())
+    }
+
+    /// Whether the workers have given a device back that was asked for.
+    fn given_back(&self, port: Option<PortIndex>) -> Result<(), StartError> {
+        let late = self.late.iter().find(|(_, late)| *late == port);
+        late.map_or(Ok(()), |(worker, _)| Err(StartError::Silent(*worker)))
     }
 }
 
@@ -141,6 +184,9 @@ mod tests {
         ring.note(count(1, 1));
         assert!(ring.is_stuck(now), "one frame, lost");
         assert!(!ring.is_stuck(now), "told once");
+        ring.note(count(1, 1));
+        ring.forget();
+        assert!(!ring.is_stuck(now + WAIT_MAX), "its worker does not read");
     }
 
     #[test]

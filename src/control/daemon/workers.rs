@@ -324,7 +324,8 @@ impl Daemon {
         }
     }
 
-    /// Waits for devices that were asked back.
+    /// Waits for devices that were asked back; those that do not come are
+    /// [late](Daemon::is_late) until they do.
     pub(super) fn await_departures(&mut self, ports: &[Option<PortIndex>]) -> Vec<Device> {
         let mut devices = Vec::with_capacity(ports.len());
         let deadline = Instant::now() + PATIENCE + DRAIN_PATIENCE * ports.len() as u32;
@@ -338,17 +339,25 @@ impl Daemon {
             let mut missing: HashSet<Option<PortIndex>> = theirs.collect();
             while !missing.is_empty() {
                 match self.workers.next_notice(worker, deadline) {
-                    None => break,
+                    None => {
+                        self.late.extend(missing.drain().map(|port| (worker, port)));
+                    }
                     Some(Notice::Departed(departed))
                         if departed.error.is_none() && missing.remove(&departed.port) =>
                     {
                         devices.extend(departed.device.map(|device| *device));
                     }
-                    Some(other) => self.take_notice(other),
+                    Some(other) => self.take_notice(worker, other),
                 }
             }
         }
         devices
+    }
+
+    /// Whether a worker may still have a device that was asked back: opened once more, it
+    /// would bring frames twice.
+    pub(super) fn is_late(&self, port: Option<PortIndex>) -> bool {
+        self.late.iter().any(|(_, late)| *late == port)
     }
 
     /// Has all workers decide by this table; to be followed by [`Daemon::await_switch`].
@@ -382,7 +391,7 @@ impl Daemon {
             if wanted(&notice) {
                 return Some(notice);
             }
-            self.take_notice(notice);
+            self.take_notice(worker, notice);
         }
         None
     }
@@ -391,22 +400,24 @@ impl Daemon {
     pub(super) fn take_notices(&mut self) {
         for worker in 0..self.workers.len() {
             while let Some(notice) = self.workers.notice(worker) {
-                self.take_notice(notice);
+                self.take_notice(worker, notice);
             }
         }
     }
 
-    fn take_notice(&mut self, notice: Notice) {
-        let Departed { port, error: Some(error), device } = (match notice {
+    fn take_notice(&mut self, worker: usize, notice: Notice) {
+        let Departed { port, error, device } = match notice {
             Notice::Departed(departed) => departed,
             // Later than it was waited for.
             Notice::Given(number, ports) => return self.pass_on(number, ports),
             Notice::Switched(_) | Notice::Held(_) => return,
-        }) else {
-            // The device it may hold is closed here.
-            return;
         };
         drop(device);
+        let Some(error) = error else {
+            // Later than it was waited for.
+            self.late.remove(&(worker, port));
+            return;
+        };
         match port {
             None => self.uplink_failed(&error),
             Some(position) => self.port_failed(position, &error),
