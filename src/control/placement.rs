@@ -165,7 +165,8 @@ mod tests {
 
     #[test]
     fn a_group_goes_where_most_of_it_is() {
-        let placed = place(&[0, 0, 0, 3], &[Some(0), Some(1), Some(1), None], &[true; 4], &[true; 2]);
+        let placed =
+            place(&[0, 0, 0, 3], &[Some(0), Some(1), Some(1), None], &[true; 4], &[true; 2]);
         assert_eq!(placed, [1, 1, 1, 0]);
     }
 }

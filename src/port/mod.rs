@@ -64,6 +64,14 @@ impl Device {
         }
     }
 
+    /// How many of these wait on the socket's queue, as no slot has room for them.
+    pub fn waiting_copies(&self) -> usize {
+        match self {
+            Self::Netdev(port) => port.receiver.waiting_copies(),
+            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => 0,
+        }
+    }
+
     /// The share of the receive ring that is full, in thousandths.
     pub fn ring_fill(&self) -> u32 {
         match self {

@@ -343,6 +343,14 @@ impl Receiver {
         fewest
     }
 
+    /// How many of these wait on the socket's queue as they are longer than a slot: a look
+    /// at each.
+    pub fn waiting_copies(&self) -> usize {
+        let waiting = (self.next..self.next + self.waiting()).map(|slot| slot % self.ring.slots);
+        let status = waiting.map(|slot| self.ring.status(slot).load(Ordering::Relaxed));
+        status.filter(|status| status & libc::TP_STATUS_COPY != 0).count()
+    }
+
     /// Slots of the ring.
     pub fn slots(&self) -> usize {
         self.ring.slots

@@ -123,9 +123,8 @@ impl Daemon {
             return;
         }
         let waiting = self.ports.by_device(&link.name);
-        let waiting = waiting.filter(|(position, port)| {
-            port.attached.is_none() && !self.is_late(Some(*position))
-        });
+        let waiting = waiting
+            .filter(|(position, port)| port.attached.is_none() && !self.is_late(Some(*position)));
         if let Some(position) = waiting.map(|(position, _)| position) {
             match self.adopt(position, link) {
                 Ok(()) => {

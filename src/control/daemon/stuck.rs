@@ -12,8 +12,8 @@
 //! answer are left alone. And nothing is opened before the worker has given the old device
 //! back. A device that cannot be opened again is given up, and attached like one that comes.
 //!
-//! That interrupts the port, and keeps control for some milliseconds. So there is one a
-//! tick at most, and a port that needs it again and again waits longer each time.
+//! Opening one again interrupts the port, and keeps control for some milliseconds. So there
+//! is one a tick at most, and a port that needs it again and again waits longer each time.
 
 use super::Daemon;
 use super::devices::{Opened, open};

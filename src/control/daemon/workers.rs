@@ -35,8 +35,8 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// How long it may forward what a device has received.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(20);
 /// How long a worker may take to answer that gives ports away, or waits for them. What the
-/// uplink brings for these ports waits for the first 50 ms (`dataplane`'s moves) and is
-/// then lost as `wrong_worker`; others' frames go on after that time.
+/// uplink brings for these ports waits for 500 ms at most (`dataplane`'s moves) and is then
+/// lost as `wrong_worker`; others' frames go on after that time.
 const MOVE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a frame may be on its way between the look that steers it and the ring: some
 /// instructions of a softirq, unless the hypervisor takes the CPU away meanwhile.
@@ -454,8 +454,8 @@ impl Daemon {
         let Some(strays) = strays.filter(|_| from != to && !ports.is_empty()) else {
             return Ok(());
         };
-        if let Some(silent) = [from, to].into_iter().find(|worker| self.is_silent(*worker)) {
-            return Err(StartError::Silent(silent));
+        if let Some(stuck) = [from, to].into_iter().find(|worker| self.is_stuck(*worker)) {
+            return Err(StartError::Silent(stuck));
         }
         self.moves += 1;
         let number = self.moves;
@@ -487,9 +487,10 @@ impl Daemon {
         Err(StartError::Silent(from))
     }
 
-    /// Whether a worker owes an answer.
-    pub(super) fn is_silent(&self, worker: usize) -> bool {
-        self.workers.0.get(worker).is_some_and(|seat| seat.is_silent(Instant::now()))
+    /// Whether a worker was found not to answer, and has not since.
+    fn is_stuck(&self, worker: usize) -> bool {
+        let seat = self.workers.0.get(worker);
+        seat.is_some_and(|seat| seat.heartbeat.is_stuck() && seat.is_silent(Instant::now()))
     }
 
     /// Makes ports a worker's, and sends their frames there.

@@ -6,7 +6,7 @@
 //! its ring alone ([`Command::Hold`](super::Command::Hold)) while control steers the
 //! port's VLANs to it, and until the first has passed on what it had
 //! ([`Worker::give`]), but not for longer than [`HOLD_TIME`] or with more than half of the
-//! ring full: its other ports' frames wait there too. What the guest sends needs no such
+//! room used up: its other ports' frames wait there too. What the guest sends needs no such
 //! care: its device goes from one to the other with its ring and the place in it.
 //!
 //! A frame meets the worker that does not have its port if the first takes longer than
@@ -23,9 +23,10 @@ use crate::dataplane::counters::PortShared;
 use crate::switch::PortIndex;
 use std::sync::Arc;
 
-/// The longest an uplink is held. What comes meanwhile must have room: super-frames wait
-/// on the socket's queue, which 10 Gbit/s of them fill in this time (64 MiB).
-pub(super) const HOLD_TIME: Duration = Duration::from_millis(50);
+/// The longest an uplink is held: on a busy machine a move takes a quarter of a second.
+pub(super) const HOLD_TIME: Duration = Duration::from_millis(500);
+/// Super-frames that may wait: half of what the socket's queue takes, at 128 KiB each.
+const COPIES_HELD: usize = 256;
 
 /// An uplink whose frames wait.
 #[derive(Debug)]
@@ -42,7 +43,9 @@ impl Hold {
     #[inline(never)]
     pub(super) fn lasts(&self, uplink: &Device, now: Instant) -> bool {
         let (_, slots) = uplink.position();
-        uplink.waiting() * 2 <= slots && now.saturating_duration_since(self.since) < HOLD_TIME
+        now.saturating_duration_since(self.since) < HOLD_TIME
+            && uplink.waiting() * 2 <= slots
+            && uplink.waiting_copies() <= COPIES_HELD
     }
 }
 
