@@ -15,6 +15,7 @@ mod lab;
 
 use lab::both_ways::{Arrived, both_ways};
 use lab::frames::{Frame, TagBytes, tag};
+use lab::raw::Held;
 use lab::{Daemon, Lab, RawGuest, eventually};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -86,11 +87,18 @@ impl Switch {
 /// One numbered frame each way through a port.
 fn passes(lab: &Lab, guest: &RawGuest, tag: TagBytes, number: u64) {
     let wire = lab.wire();
+    wire.only_vid(tag.vid);
     wire.send(&Frame::numbered(number).tags(&[tag]));
     let arrived = Frame::read(&guest.receive_within(Duration::from_secs(5)).unwrap());
     assert_eq!((arrived.number(), arrived.tags.len()), (number, 0));
     guest.send(&Frame::numbered(number).reversed());
-    let arrived = Frame::read(&wire.receive_within(Duration::from_secs(5)).unwrap());
+    let arrived = loop {
+        let frame = Frame::read(&wire.receive_within(Duration::from_secs(5)).unwrap());
+        // Another port's may have come before the filter was there.
+        if frame.tags.first().is_none_or(|first| first.vid == tag.vid) {
+            break frame;
+        }
+    };
     assert_eq!((arrived.number(), &arrived.tags[..]), (number, &[tag][..]));
 }
 
@@ -151,6 +159,66 @@ fn ports_move_under_traffic_and_every_frame_arrives_once_and_in_order() {
     });
     assert!(frames.as_flattened().iter().all(|count| *count > 1000), "{frames:?}");
     println!("{frames:?} frames during {moves} moves, the longest took {longest:?}");
+    let summary = switch.daemon.stop();
+    assert_eq!(summary.from_wire.all_drops(), 0, "{:?}", summary.from_wire);
+}
+
+/// The id of a worker's thread.
+fn thread_of(daemon: &Daemon, worker: u32) -> i32 {
+    let named = format!("worker-{worker}\n");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.id())).unwrap();
+    let mut tasks = tasks.flatten().map(|task| task.path());
+    let path = tasks.find(|path| std::fs::read_to_string(path.join("comm")).unwrap() == named);
+    path.unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_move_with_a_worker_that_stands_still_is_refused_and_changes_nothing() {
+    let lab = Lab::new();
+    let arguments = ["--workers", "2", "--rebalance", "off", "--map", "101=t0", "--map", "102=t1"];
+    let switch = Switch::start(&lab, &arguments);
+    let (one, other) = (lab.raw_guest("t0"), lab.raw_guest("t1"));
+    switch.daemon.attached(&["t0", "t1"]);
+    let before = [("t0".to_owned(), 0), ("t1".to_owned(), 1)];
+    assert_eq!(switch.placed(), before);
+    let refused = |still: u32| {
+        let held = Held::hold(thread_of(&switch.daemon, still));
+        let error = switch.move_port("t0", 1).unwrap_err().to_string();
+        assert!(error.contains(&format!("worker {still} does not answer")), "{error}");
+        assert_eq!(switch.placed(), before);
+        // At once, now that it is known; so is a change that takes a move.
+        let begin = Instant::now();
+        eventually("it is known", || switch.status().workers[still as usize].stuck.then_some(()));
+        assert!(switch.move_port("t0", 1).is_err());
+        let shared = vec![Change { key: "vlan".to_owned(), value: "102.5".to_owned() }];
+        let change = Request::SetPort { name: "t0".to_owned(), changes: shared, persist: None };
+        assert!(switch.call(change).is_err());
+        println!("worker {still}: {error}; then {:?}", begin.elapsed());
+        assert_eq!(switch.placed(), before);
+        drop(held);
+    };
+    // The first as soon as the worker answers, which is when late answers come.
+    let moves = |after_each: &dyn Fn(u32)| {
+        eventually("it moves again", || switch.move_port("t0", 1).ok());
+        for round in 0..21 {
+            after_each(round);
+            switch.move_port("t0", round % 2).unwrap();
+        }
+    };
+    // The one that is to have the port: all frames wait for it, or are not its.
+    both_ways_twice(&lab, [(&one, vlan(101)), (&other, vlan(102))], |arrived| {
+        refused(1);
+        moves(&|_| ());
+        arrived.flows();
+    });
+    // The one that has it: the other serves its own ports on.
+    both_ways(&lab, &other, vlan(102), |arrived| {
+        refused(0);
+        moves(&|round| passes(&lab, &one, vlan(101), u64::from(round) + 1));
+        arrived.flows();
+    });
+    assert_eq!(switch.placed(), before);
     let summary = switch.daemon.stop();
     assert_eq!(summary.from_wire.all_drops(), 0, "{:?}", summary.from_wire);
 }
