@@ -16,7 +16,7 @@ use super::capture::{Captures, Sink, Watch};
 use super::chains::Chains;
 use super::counters::{PortShared, UplinkShared, WorkerShared};
 use super::crowd::Crowd;
-use super::handle::{Command, Departed, Notice, WorkerHandle};
+use super::handle::{Command, Notice, WorkerHandle};
 use super::pace::{Pace, PollMode, Step};
 use super::policing::PortPolicer;
 use super::turns::Turns;
@@ -27,11 +27,9 @@ use crate::sys::packet::{BURST, Burst, CopyPool, Received, SendSpace};
 use crate::sys::sandbox::Call;
 use arrayvec::ArrayVec;
 use crossbeam_channel::{Receiver, Sender};
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Poll, Token, Waker};
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -42,10 +40,8 @@ const UPLINK: Token = Token(usize::MAX - 1);
 const ROUNDS_PER_POLL: u32 = 16;
 /// Empty rounds after which a port leaves the hot list.
 const ROUNDS_TO_COOL: u32 = 64;
-/// How long the last frames of a device may take; what is left then is counted as
-/// `ring_overrun`.
-const DRAIN_TIME: Duration = Duration::from_millis(20);
 
+mod devices;
 mod moves;
 
 use moves::Hold;
@@ -399,7 +395,7 @@ impl Worker {
                         self.attach(port, device);
                     }
                 }
-                Command::Detach(port) => self.detach(port, Instant::now() + DRAIN_TIME),
+                Command::Detach(port) => self.detach(port),
                 Command::Add(port, shared) => self.add(port, shared),
                 Command::Switch(number, table) => {
                     self.table = table;
@@ -448,117 +444,6 @@ impl Worker {
     /// Shows frames to a capture from the next round on.
     pub fn capture(&mut self, sink: Box<Sink>) {
         self.captures.add(sink);
-    }
-
-    /// Takes a device into the loop; gives it back with the error if it cannot be
-    /// polled.
-    pub fn attach(&mut self, port: Option<PortIndex>, device: Box<Device>) {
-        if self.device(port).is_some() {
-            self.detach(port, Instant::now());
-        }
-        let registered = self.watch_device(port, &device);
-        let place = match port {
-            None => Some(&mut self.uplink),
-            Some(port) => self.slots.get_mut(port).map(|slot| &mut slot.device),
-        };
-        match (place, registered) {
-            (Some(place), Ok(())) => *place = Some(device),
-            (_, registered) => {
-                let error = registered.err();
-                self.tell_departed(Departed { port, device: Some(device), error });
-            }
-        }
-        if let Some(port) = port {
-            heat(&mut self.slots, &mut self.hot, port);
-        }
-    }
-
-    /// Has epoll name a device that has frames.
-    fn watch_device(&self, port: Option<PortIndex>, device: &Device) -> io::Result<()> {
-        let token = port.map_or(UPLINK, Token);
-        device.poll_fd().map_or(Ok(()), |fd| {
-            self.poll.registry().register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)
-        })
-    }
-
-    /// Ends that: another may hold a duplicate that would keep the entry alive.
-    fn forget_device(&self, device: &Device) {
-        if let Some(fd) = device.poll_fd() {
-            let _ = self.poll.registry().deregister(&mut SourceFd(&fd.as_raw_fd()));
-        }
-    }
-
-    fn tell_departed(&self, departed: Departed) {
-        let _ = self.notices.send(Notice::Departed(departed));
-    }
-
-    fn device(&self, port: Option<PortIndex>) -> Option<&Device> {
-        match port {
-            None => self.uplink.as_deref(),
-            Some(port) => self.slots.get(port).and_then(|slot| slot.device.as_deref()),
-        }
-    }
-
-    /// Forwards what the device has already received, until the deadline, and gives
-    /// it back.
-    fn detach(&mut self, port: Option<PortIndex>, deadline: Instant) {
-        if let Some(device) = self.device(port) {
-            device.close_entrance();
-        }
-        loop {
-            let now = Instant::now();
-            let moved = match port {
-                None => self.serve_uplink::<true>(now),
-                Some(port) => self.serve_guest::<true>(port, now),
-            };
-            if !moved || now >= deadline {
-                break;
-            }
-        }
-        let device = self.take_device(port);
-        if let Some(device) = &device {
-            self.forget_device(device);
-            let flow = match port {
-                None => Some(&self.uplink_shared.from_wire),
-                Some(port) => self.slots.get(port).map(|slot| &slot.shared.from_guest),
-            };
-            if let Some(flow) = flow {
-                let left = device.waiting() as u64;
-                flow.add_in(left, 0);
-                flow.add_drops(DropReason::RingOverrun, left);
-            }
-        }
-        self.tell_departed(Departed { port, device, error: None });
-    }
-
-    fn freeze(&mut self) {
-        for port in (0..self.slots.len()).map(Some).chain([None]) {
-            let device = self.take_device(port);
-            self.tell_departed(Departed { port, device, error: None });
-        }
-    }
-
-    fn take_device(&mut self, port: Option<PortIndex>) -> Option<Box<Device>> {
-        match port {
-            None => self.uplink.take(),
-            Some(port) => self.slots.get_mut(port).and_then(|slot| slot.device.take()),
-        }
-    }
-
-    fn stop(&mut self) {
-        let deadline = Instant::now() + DRAIN_TIME;
-        for port in (0..self.slots.len()).map(Some).chain([None]) {
-            if let Some(device) = self.device(port) {
-                device.close_entrance();
-            }
-            if let Some(port) = port {
-                heat(&mut self.slots, &mut self.hot, port);
-            }
-        }
-        while Instant::now() < deadline && self.round(Instant::now()) {}
-        for port in (0..self.slots.len()).map(Some).chain([None]) {
-            self.detach(port, deadline);
-        }
     }
 }
 
