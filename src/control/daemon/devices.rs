@@ -427,10 +427,10 @@ impl Daemon {
 
     pub(super) fn count_overruns(&mut self) {
         if let Some((_, counters, _)) = &self.uplink.attached {
-            for (seat, counter) in self.workers.iter().zip(counters) {
+            for (worker, (seat, counter)) in self.workers.iter().zip(counters).enumerate() {
                 let count = counter.take();
                 seat.uplink.from_wire.add_overruns(count.overruns);
-                self.uplink.watched.ring.note(count);
+                self.uplink.watched.ring.note(worker, count);
             }
         }
         for (_, port) in self.ports.iter_mut() {
@@ -439,7 +439,7 @@ impl Daemon {
             {
                 let count = counter.take();
                 port.shared.from_guest.add_overruns(count.overruns);
-                port.watched.ring.note(count);
+                port.watched.ring.note(0, count);
             }
         }
     }

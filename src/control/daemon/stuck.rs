@@ -6,7 +6,9 @@
 //! drops every frame (`tpacket_rcv` in `net/packet/af_packet.c`: `rx_owner_map` is set
 //! before `virtio_net_hdr_from_skb` fails; seen on 6.18). No filter can tell such frames
 //! from others before, so the ring is opened again when an interval has passed in which
-//! the kernel dropped all it was offered.
+//! the kernel dropped all it was offered. Of the uplink each worker has a ring: if one of
+//! them is stuck, all are opened again, as they are in one group by the order in which they
+//! were opened.
 //!
 //! The same is seen of a ring whose worker has no CPU: those of a worker that owes an
 //! answer are left alone. And nothing is opened before the worker has given the old device
@@ -30,33 +32,46 @@ const WAIT_MIN: Duration = Duration::from_secs(2);
 const WAIT_MAX: Duration = Duration::from_secs(64);
 
 /// What the kernel has done with the frames for one ring.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RingWatch {
+#[derive(Debug, Clone, Default)]
+struct Fate {
     kept: u64,
     lost: u64,
-    /// When it was last opened again, and how long to wait before the next time.
+}
+
+/// What is to be known of the rings of a device: one, or of the uplink one a worker.
+#[derive(Debug, Clone, Default)]
+pub struct RingWatch {
+    fates: Vec<Fate>,
+    /// When they were last opened again, and how long to wait before the next time.
     opened: Option<(Instant, Duration)>,
 }
 
 impl RingWatch {
-    /// Takes note of what the kernel has counted.
-    pub fn note(&mut self, count: KernelCount) {
-        self.kept += count.frames.saturating_sub(count.overruns);
-        self.lost += count.overruns;
+    /// Takes note of what the kernel has counted for the ring of this number.
+    pub fn note(&mut self, ring: usize, count: KernelCount) {
+        if self.fates.len() <= ring {
+            self.fates.resize_with(ring + 1, Fate::default);
+        }
+        if let Some(fate) = self.fates.get_mut(ring) {
+            fate.kept += count.frames.saturating_sub(count.overruns);
+            fate.lost += count.overruns;
+        }
     }
 
     /// Forgets what it has seen since the last look: a ring that nobody reads fills up as a
     /// stuck one does.
     fn forget(&mut self) {
-        (self.kept, self.lost) = (0, 0);
+        self.fates.clear();
     }
 
-    /// Whether to open the ring again now; to be asked once a tick.
+    /// Whether to open the rings again now; to be asked once a tick.
     fn is_stuck(&mut self, now: Instant) -> bool {
-        if std::mem::take(&mut self.kept) > 0 {
-            self.lost = 0;
+        for fate in &mut self.fates {
+            if std::mem::take(&mut fate.kept) > 0 {
+                fate.lost = 0;
+            }
         }
-        if self.lost == 0 {
+        if self.fates.iter().all(|fate| fate.lost == 0) {
             return false;
         }
         let wait = match self.opened {
@@ -66,7 +81,7 @@ impl RingWatch {
             Some((_, wait)) => (wait * 2).min(WAIT_MAX),
             None => WAIT_MIN,
         };
-        self.lost = 0;
+        self.fates.clear();
         self.opened = Some((now, wait));
         true
     }
@@ -176,17 +191,31 @@ mod tests {
         let now = Instant::now();
         let mut ring = RingWatch::default();
         assert!(!ring.is_stuck(now), "nothing was sent");
-        ring.note(count(100, 99));
+        ring.note(0, count(100, 99));
         assert!(!ring.is_stuck(now), "overrun, and read");
-        ring.note(count(5, 5));
-        ring.note(count(1, 0));
+        ring.note(0, count(5, 5));
+        ring.note(0, count(1, 0));
         assert!(!ring.is_stuck(now));
-        ring.note(count(1, 1));
+        ring.note(0, count(1, 1));
         assert!(ring.is_stuck(now), "one frame, lost");
         assert!(!ring.is_stuck(now), "told once");
-        ring.note(count(1, 1));
+        ring.note(0, count(1, 1));
         ring.forget();
         assert!(!ring.is_stuck(now + WAIT_MAX), "its worker does not read");
+    }
+
+    #[test]
+    fn one_worker_s_ring_is_stuck_whatever_goes_through_the_others() {
+        let now = Instant::now();
+        let mut rings = RingWatch::default();
+        for (ring, count) in [count(9, 0), count(9, 3), count(0, 0)].into_iter().enumerate() {
+            rings.note(ring, count);
+        }
+        assert!(!rings.is_stuck(now));
+        rings.note(0, count(1000, 0));
+        rings.note(2, count(2, 2));
+        assert!(rings.is_stuck(now));
+        assert!(!rings.is_stuck(now), "told once");
     }
 
     #[test]
@@ -195,7 +224,7 @@ mod tests {
         let mut ring = RingWatch::default();
         let mut stuck_at = |seconds: std::ops::Range<u64>| -> Vec<u64> {
             let mut stuck = |second: &u64| {
-                ring.note(count(3, 3));
+                ring.note(0, count(3, 3));
                 ring.is_stuck(start + Duration::from_secs(*second))
             };
             seconds.filter(|second| stuck(second)).collect()

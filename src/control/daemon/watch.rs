@@ -68,7 +68,7 @@ struct Overload {
 }
 
 /// What ticks have seen of a device.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Watched {
     /// Its state.
     pub state: DeviceState,
@@ -84,7 +84,7 @@ pub struct Watched {
     moved: u64,
     /// The highest fill of its ring over the last second, 0 to 1.
     pub ring_peak: f64,
-    /// Whether the kernel still fills its ring.
+    /// Whether the kernel still fills its rings.
     pub ring: RingWatch,
     overload: Option<Overload>,
 }
