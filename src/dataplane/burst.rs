@@ -127,6 +127,8 @@ fn has_legacy_tag(frame: &[u8]) -> bool {
 pub enum Toward {
     /// To a port's guest.
     Guest,
+    /// To the guest of a port that another worker has: nowhere.
+    Elsewhere,
     /// To the wire.
     Uplink,
 }
@@ -135,13 +137,14 @@ impl Toward {
     fn absent(self) -> DropReason {
         match self {
             Self::Guest => DropReason::GuestAbsent,
+            Self::Elsewhere => DropReason::WrongWorker,
             Self::Uplink => DropReason::UplinkDown,
         }
     }
 
     fn queue_full(self) -> DropReason {
         match self {
-            Self::Guest => DropReason::GuestQueueFull,
+            Self::Guest | Self::Elsewhere => DropReason::GuestQueueFull,
             Self::Uplink => DropReason::UplinkQueueFull,
         }
     }

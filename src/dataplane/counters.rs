@@ -240,6 +240,15 @@ pub struct PortShared {
     pub to_guest: FlowCounters,
     /// Fill of the receive ring, in thousandths.
     pub ring_peak: Peak,
+    /// It stands for all ports that other workers have.
+    pub elsewhere: bool,
+}
+
+impl PortShared {
+    /// A place for what meets the wrong worker.
+    pub fn elsewhere() -> Self {
+        Self { elsewhere: true, ..Self::default() }
+    }
 }
 
 /// What a worker and control share of the uplink. What was sent on it is the sum

@@ -278,7 +278,7 @@ impl Worker {
                 link: &slot.shared.link,
                 shed_until: &mut slot.shed_until,
                 flow: &slot.shared.to_guest,
-                toward: Toward::Guest,
+                toward: if slot.shared.elsewhere { Toward::Elsewhere } else { Toward::Guest },
                 now,
                 space: &mut self.space,
                 segments: &mut self.segments,

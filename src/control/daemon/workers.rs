@@ -22,7 +22,7 @@ use crate::dataplane::{
     WorkerHandle, WorkerShared,
 };
 use crate::port::{Device, DeviceState};
-use crate::switch::{DropReason, Membership, PortIndex, Table};
+use crate::switch::{Membership, PortIndex, Table};
 use crate::sys::bpf::Steering;
 use crossbeam_channel::bounded;
 use std::collections::HashSet;
@@ -83,7 +83,7 @@ impl Workers {
         let table = Arc::new(config.table.clone());
         let seats = cpus.iter().enumerate().map(|(number, cpu)| {
             let uplink = Arc::<UplinkShared>::default();
-            let strays = Arc::<PortShared>::default();
+            let strays = Arc::new(PortShared::elsewhere());
             // At the start positions are in the order of the configuration.
             let shared = ports.iter().map(|(_, port)| {
                 Arc::clone(if port.worker == number { &port.shared } else { &strays })
@@ -173,11 +173,11 @@ impl Workers {
         for seat in &self.0 {
             sum.add(&seat.uplink.from_wire.snapshot());
             let strays = seat.strays.to_guest.snapshot();
-            // To its worker they were a port's like any other.
+            // To its worker they were a port's like any other, and have gone nowhere.
             sum.out_frames = sum.out_frames.saturating_sub(strays.in_frames);
             sum.out_bytes = sum.out_bytes.saturating_sub(strays.in_bytes);
-            if let Some(drops) = sum.drops.get_mut(DropReason::WrongWorker.index()) {
-                *drops += strays.in_frames;
+            for (sum, frames) in sum.drops.iter_mut().zip(strays.drops) {
+                *sum += frames;
             }
         }
         sum

@@ -143,11 +143,12 @@ impl Worker {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
     use super::*;
-    use crate::dataplane::{Abilities, Command, PollMode, UplinkShared};
+    use crate::dataplane::{Abilities, Command, Place, PollMode, Selection, UplinkShared, capture};
     use crate::frame::{Pcp, Tag, Tci, Tpid, Vid, VnetHeader};
     use crate::port::{DeviceState, MemoryPort};
-    use crate::switch::{Membership, Priority, Table, Vlans};
+    use crate::switch::{DropReason, Membership, Priority, Table, Vlans};
     use crossbeam_channel::{Receiver, Sender};
+    use std::time::Duration;
 
     /// A worker of one port in VLAN 101, which is another's, with frames for it on its
     /// part of the uplink.
@@ -186,7 +187,8 @@ mod tests {
 
     #[test]
     fn a_port_goes_from_one_worker_to_another_with_all_it_has() {
-        let (port, strays) = (Arc::<PortShared>::default(), [Arc::default(), Arc::default()]);
+        let strays = [(); 2].map(|()| Arc::new(PortShared::elsewhere()));
+        let port = Arc::<PortShared>::default();
         port.link.set(DeviceState::Up, 1500);
         let [here, there] = &strays;
         let (mut first, to_first, from_first, _) = worker([&port], 5);
@@ -206,9 +208,17 @@ mod tests {
         let Ok(Notice::Given(1, ports)) = from_first.try_recv() else {
             unreachable!("the port is given away");
         };
-        // What comes now comes too late.
+        // What comes now comes too late; counters and captures call it the same.
+        let all = Selection { place: Place::Everywhere, drops_only: false };
+        let (sink, source) = capture(all, 60, 1);
+        first.capture(Box::new(sink));
         assert!(first.round(now));
         assert_eq!((frames(&port), frames(here)), ((1, 1), (1, 0)));
+        let drops: Vec<_> = here.to_guest.snapshot().reasons().collect();
+        assert_eq!(drops, [(DropReason::WrongWorker, 1)]);
+        let seen = source.receive(Duration::from_secs(5)).unwrap();
+        let reasons: Vec<_> = seen.records().filter_map(|record| record.reason).collect();
+        assert_eq!(reasons, [DropReason::WrongWorker]);
 
         to_second.send(Command::Take(0, Vec::new())).unwrap();
         assert!(second.obey().is_continue());
