@@ -104,7 +104,8 @@ impl WorkerHandle {
     }
 
     /// Waits for the end of a worker that was told to [`Command::Stop`] or
-    /// [`Command::Freeze`]; returns the devices it still had.
+    /// [`Command::Freeze`]; returns the devices it still had, and those of ports it had
+    /// given away and nobody has taken.
     pub fn join(self) -> Vec<Departed> {
         let _ = self.thread.join();
         let departed = self.notices.try_iter().flat_map(|notice| match notice {
