@@ -87,6 +87,23 @@ impl NetdevPort {
         let receiver = Receiver::adopt(index, socket, slots)?;
         Ok(Self { receiver, transmitter: Transmitter::open(index)? })
     }
+
+    /// The same for all parts of the uplink, in their order.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step that failed, also if they are no whole.
+    pub fn adopt_uplink(
+        index: u32,
+        sockets: Vec<OwnedFd>,
+        slots: usize,
+    ) -> Result<Vec<Self>, PacketError> {
+        let adopted = sockets.into_iter().map(|socket| Self::adopt(index, socket, slots));
+        let parts = adopted.collect::<Result<Vec<_>, _>>()?;
+        if parts.len() > 1 {
+            fanout::check(parts.iter().map(|part| part.receiver.as_fd()))?;
+        }
+        Ok(parts)
+    }
 }
 
 fn uplink(filter: Filter<'_>) -> ReceiverOptions<'_> {

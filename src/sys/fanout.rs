@@ -16,11 +16,16 @@
 //! 6.2, and before, where the flag is not known and ignored, the socket filter refuses
 //! outgoing frames.
 //!
+//! A group lives as long as one of its sockets. So another process that is given the sockets
+//! has the group, asks whether it is one ([`check`]), and gives it a program of its own
+//! ([`steer`]): from one frame to the next, so none meets none.
+//!
 //! [`Filter::Nothing`]: super::packet::Filter::Nothing
 
 use super::bpf::{Steering, UplinkFilter};
 use super::packet::{PacketError, at, attach_filter, get, set};
 use libc::c_int;
+use nix::errno::Errno;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 // include/uapi/linux/if_packet.h
@@ -45,10 +50,7 @@ pub fn form<'s>(
         set(socket, libc::SOL_PACKET, libc::PACKET_FANOUT, &request)
             .map_err(at("share the uplink between workers"))?;
         if group.is_none() {
-            let mut answer: c_int = 0;
-            get(socket, libc::SOL_PACKET, libc::PACKET_FANOUT, &mut answer)
-                .map_err(at("read back the group of the uplink's sockets"))?;
-            group = Some(answer.cast_unsigned() & 0xffff);
+            group = Some(read_back(socket)? & 0xffff);
             steer(socket, steering)?;
         }
     }
@@ -58,11 +60,37 @@ pub fn form<'s>(
     Ok(())
 }
 
-/// Has the group of this socket steered by this program from the next frame on.
+/// Checks that sockets are in one group that a program steers. In which order they joined
+/// the kernel does not tell.
+///
+/// # Errors
+/// [`PacketError`]: they are not.
+pub fn check<'s>(mut sockets: impl Iterator<Item = BorrowedFd<'s>>) -> Result<(), PacketError> {
+    let mut group = None;
+    sockets.try_for_each(|socket| {
+        let answer = read_back(socket)?;
+        let steered = answer >> 16 & 0xff == FANOUT_EBPF;
+        if steered && *group.get_or_insert(answer) == answer {
+            return Ok(());
+        }
+        Err(at("take over the group of the uplink's sockets")(Errno::EINVAL))
+    })
+}
+
+/// A socket's group: its number, and 16 bits further up its kind.
+fn read_back(socket: BorrowedFd<'_>) -> Result<u32, PacketError> {
+    let mut answer: c_int = 0;
+    get(socket, libc::SOL_PACKET, libc::PACKET_FANOUT, &mut answer)
+        .map_err(at("read back the group of the uplink's sockets"))?;
+    Ok(answer.cast_unsigned())
+}
+
+/// Has the group of this socket steered by this program from the next frame on. In place of
+/// another program that takes a grace period, in which the caller waits and frames do not.
 ///
 /// # Errors
 /// [`PacketError`]: the socket is in no group.
-fn steer(socket: BorrowedFd<'_>, steering: &Steering) -> Result<(), PacketError> {
+pub fn steer(socket: BorrowedFd<'_>, steering: &Steering) -> Result<(), PacketError> {
     let program: c_int = steering.fd().as_raw_fd();
     set(socket, libc::SOL_PACKET, libc::PACKET_FANOUT_DATA, &program)
         .map_err(at("steer frames to workers"))
