@@ -46,8 +46,12 @@ pub fn plan(config: &Config) -> Result<Plan, StartError> {
     let near = near(&allowed, |name| std::fs::read_to_string(device.join(name)).ok());
     let cpus = near.as_ref().unwrap_or(&allowed).len();
     let workers = count(config.workers, cpus, config.cpus.len(), config.ports.len());
-    let workers = (0..workers).map(|worker| cpu_of(&config.cpus, worker)).collect();
-    Ok(Plan { workers, near })
+    Ok(Plan { workers: cpus_of(config, workers), near })
+}
+
+/// The CPUs of so many workers.
+pub fn cpus_of(config: &Config, workers: usize) -> Vec<Option<usize>> {
+    (0..workers).map(|worker| cpu_of(&config.cpus, worker)).collect()
 }
 
 impl Plan {

@@ -391,7 +391,7 @@ pub enum Request {
     /// Let another process go on.
     #[serde(rename = "org.vlanswitchd.HandOver")]
     HandOver {
-        /// The format it understands.
+        /// The newest format it understands.
         format: u32,
         /// The uplink it is to serve.
         uplink: String,

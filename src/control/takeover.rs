@@ -11,6 +11,10 @@
 //! new process goes away before it is ready, the old one goes on as if nothing had
 //! happened.
 //!
+//! Of the uplink there is a socket and a ring for each worker, all in one group, which lives
+//! as long as they do. So the number of workers stays what it was, and each port stays with
+//! its worker: what waits in a ring is for the ports of that one.
+//!
 //! The same goes by way of systemd's descriptor store (`control::store`): the old process
 //! leaves descriptors, [`State`] and [`Last`] there ([`Stored`]) and ends, and the next
 //! one finds them. From then on both ways are one.
@@ -29,7 +33,15 @@
 //!   What a process does not have the number of is not read at all. By the control socket
 //!   the old process refuses; the new one tells it to end, and starts cold. From the store
 //!   it is removed, and the start is a cold one.
-//! - A version may read older numbers besides its own; it writes its own only.
+//! - A version may read older numbers besides its own. It writes the oldest one that says all
+//!   there is to say, so that a version before can go on where nothing new is in use.
+//! - Who asks says the newest number it reads, and reads the older ones too. The other refuses
+//!   if it writes another, and says which; if that is an older one, it is asked for again.
+//!
+//! The numbers:
+//!
+//! 1. One worker.
+//! 2. Several: the uplink's descriptors are one for each, in their order.
 //!
 //! `tests/formats/` has what each number looks like, as the version wrote it that brought it.
 
@@ -53,8 +65,10 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::warn;
 
-/// The format of what is handed over.
-pub const FORMAT: u32 = 1;
+/// The newest format of what is handed over; older ones are read too.
+pub const FORMAT: u32 = 2;
+/// The format for one worker, the oldest.
+const ONE_WORKER: u32 = 1;
 /// How long each side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// What the new process says when it is ready.
@@ -65,7 +79,7 @@ const ANSWER_MAX: usize = 64 << 10;
 /// What lies in the store beside the descriptors.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Stored {
-    /// [`FORMAT`]; whatever else there is is read only if it is known.
+    /// [`State::format`]; whatever else there is is read only if it is known.
     pub format: u32,
     /// What the process before knew.
     pub state: State,
@@ -87,14 +101,17 @@ impl Stored {
     pub fn read(bytes: &[u8]) -> Result<Self, String> {
         let broken = |error| format!("it cannot be read: {error}");
         let Numbered { format } = serde_json::from_slice(bytes).map_err(broken)?;
-        if format != FORMAT {
-            return Err(format!("it has format {format}, and this version reads {FORMAT}"));
+        if !(ONE_WORKER..=FORMAT).contains(&format) {
+            return Err(format!(
+                "it has format {format}, and this version reads {ONE_WORKER} to {FORMAT}"
+            ));
         }
         serde_json::from_slice(bytes).map_err(broken)
     }
 }
 
-/// A device that is handed over; its descriptor is the next of the message's.
+/// A device that is handed over; its descriptor is the next of the message's, and the
+/// uplink's are as many as there are workers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     /// Interface index; none for a tap held by its descriptor.
@@ -112,6 +129,9 @@ pub struct PortState {
     pub device: Option<DeviceState>,
     /// What to put back.
     pub found: Option<FoundPort>,
+    /// The number of its worker.
+    #[serde(default)]
+    pub worker: usize,
 }
 
 /// What the old process knows.
@@ -126,29 +146,50 @@ pub struct State {
     /// The ports, in their order.
     pub ports: Vec<PortState>,
     /// The places of its listening sockets: their descriptors come first, then the
-    /// claim to the uplink, then the uplink's, then the ports'.
+    /// claim to the uplink, then the uplink's by worker, then the ports'.
     pub listeners: Vec<String>,
     /// What it found that the kernel can do: it is the same kernel.
     #[serde(default)]
     pub abilities: Option<Abilities>,
+    /// How many workers it has.
+    #[serde(default = "one")]
+    pub workers: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 impl State {
     /// How many descriptors belong to it.
     pub fn descriptors(&self) -> usize {
+        let uplink = if self.device.is_some() { self.workers } else { 0 };
         let ports = self.ports.iter().filter(|port| port.device.is_some()).count();
-        self.listeners.len() + 1 + usize::from(self.device.is_some()) + ports
+        self.listeners.len().saturating_add(1 + ports).saturating_add(uplink)
     }
+
+    /// The format it is written in.
+    pub fn format(&self) -> u32 {
+        format_for(self.workers)
+    }
+}
+
+/// The oldest format that says what there is to say with so many workers.
+pub fn format_for(workers: usize) -> u32 {
+    if workers > 1 { FORMAT } else { ONE_WORKER }
 }
 
 /// What the old process counted, and where it stopped.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Last {
-    /// When its worker stopped, by the clock all processes share ([`clock`]).
+    /// When its workers had stopped, by the clock all processes share ([`clock`]).
     pub stopped: u64,
-    /// The next slot of the uplink's ring.
+    /// The next slot of the uplink's ring, of the first worker's if there are several.
     pub next: usize,
-    /// What came from the wire.
+    /// The next slots of the others'.
+    #[serde(default)]
+    pub others: Vec<usize>,
+    /// What came from the wire, to all workers.
     pub from_wire: Flow,
     /// For each port the next slot of its ring, and what was counted.
     pub ports: Vec<(usize, Flow, Flow)>,
@@ -220,12 +261,10 @@ impl TakeOver {
         };
         stream.set_read_timeout(Some(PATIENCE)).map_err(broken)?;
         stream.set_write_timeout(Some(PATIENCE)).map_err(broken)?;
-        let call = serde_json::json!({
-            "method": format!("{INTERFACE}.HandOver"),
-            "parameters": { "format": FORMAT, "uplink": uplink },
-        });
-        stream.write_all(format!("{call}\0").as_bytes()).map_err(broken)?;
-        let answer = read_answer(&mut stream).map_err(broken)?;
+        let mut answer = call(&mut stream, FORMAT, uplink).map_err(broken)?;
+        if let Some(older) = older_format(&answer) {
+            answer = call(&mut stream, older, uplink).map_err(broken)?;
+        }
         match answer.get("error").and_then(serde_json::Value::as_str) {
             None => {}
             Some(error)
@@ -322,6 +361,23 @@ pub fn clock() -> u64 {
     Duration::from(now).as_nanos() as u64
 }
 
+/// Asks for a hand-over in this format; returns the answer.
+fn call(stream: &mut UnixStream, format: u32, uplink: &str) -> io::Result<serde_json::Value> {
+    let call = serde_json::json!({
+        "method": format!("{INTERFACE}.HandOver"),
+        "parameters": { "format": format, "uplink": uplink },
+    });
+    stream.write_all(format!("{call}\0").as_bytes())?;
+    read_answer(stream)
+}
+
+/// The format of a process that does not know the newest one, if this version reads it.
+fn older_format(answer: &serde_json::Value) -> Option<u32> {
+    let error = answer.get("error")?.as_str()?;
+    let theirs = u32::try_from(answer.pointer("/parameters/format")?.as_u64()?).ok()?;
+    (error.ends_with(".OtherFormat") && (ONE_WORKER..FORMAT).contains(&theirs)).then_some(theirs)
+}
+
 /// One answer, and not a byte more: what follows is no varlink.
 fn read_answer(stream: &mut UnixStream) -> io::Result<serde_json::Value> {
     let mut answer = Vec::new();
@@ -376,8 +432,38 @@ mod tests {
         // One listener, the claim, the uplink, three ports.
         assert_eq!(state.descriptors(), 6);
         assert_eq!(last.ports.len(), 4);
-        // Not known to it: found out anew.
+        // Not known to it: found out anew, or never otherwise.
         assert_eq!(state.abilities, None);
+        assert_eq!((state.workers, state.format()), (1, 1));
+        assert!(state.ports.iter().all(|port| port.worker == 0));
+    }
+
+    /// As the version that brought several workers wrote it: two workers, three ports, one
+    /// of which had moved.
+    const SECOND: &str = include_str!("../../tests/formats/2.json");
+
+    #[test]
+    fn what_several_workers_left_is_read() {
+        let Stored { format, state, last } = Stored::read(SECOND.as_bytes()).unwrap();
+        assert_eq!((format, state.format(), state.workers), (2, 2, 2));
+        let workers: Vec<usize> = state.ports.iter().map(|port| port.worker).collect();
+        assert_eq!(workers, [1, 1, 0]);
+        // One listener, the claim, the uplink twice, three ports.
+        assert_eq!(state.descriptors(), 7);
+        assert_eq!((last.next, &last.others[..]), (1, &[1][..]));
+    }
+
+    #[test]
+    fn who_knows_older_formats_only_is_asked_for_one_of_them() {
+        let refusal = |error: &str, format: u32| {
+            let answer = serde_json::json!({ "error": error, "parameters": { "format": format } });
+            older_format(&answer)
+        };
+        assert_eq!(refusal("org.vlanswitchd.OtherFormat", 1), Some(1));
+        assert_eq!(refusal("org.vlanswitchd.OtherFormat", 2), None);
+        assert_eq!(refusal("org.vlanswitchd.OtherFormat", 99), None);
+        assert_eq!(refusal("org.vlanswitchd.Refused", 1), None);
+        assert_eq!(older_format(&serde_json::json!({ "parameters": {} })), None);
     }
 
     #[test]
@@ -419,7 +505,7 @@ mod tests {
     #[test]
     fn another_number_is_not_read_at_all() {
         let error = Stored::read(br#"{"format":99,"state":0}"#).unwrap_err();
-        assert_eq!(error, "it has format 99, and this version reads 1");
+        assert_eq!(error, "it has format 99, and this version reads 1 to 2");
         assert!(Stored::read(b"{}").unwrap_err().starts_with("it cannot be read: "));
     }
 }

@@ -209,15 +209,12 @@ impl Daemon {
     /// Gives opened devices to the worker, which must know their ports.
     pub(super) fn attach_ports(&mut self, opened: Vec<Opened>) {
         let devices = self.enter_ports(opened);
-        self.attach_devices(devices);
+        self.attach_devices(devices, Vec::new());
     }
 
     /// Enters opened devices in our books, from which moment frames for them are not
     /// `guest_absent`. Returns them for the worker.
-    pub(super) fn enter_ports(
-        &mut self,
-        opened: Vec<Opened>,
-    ) -> Vec<(Option<PortIndex>, Box<Device>)> {
+    pub(super) fn enter_ports(&mut self, opened: Vec<Opened>) -> Vec<(PortIndex, Box<Device>)> {
         let mut devices = Vec::with_capacity(opened.len());
         for Opened { position, counter, link, device } in opened {
             let now = link.map(|link| self.host.link(link.index).unwrap_or(link));
@@ -233,7 +230,7 @@ impl Daemon {
                     attached.slots = device.position().1;
                 }
             }
-            devices.push((Some(position), Box::new(device)));
+            devices.push((position, Box::new(device)));
         }
         devices
     }
@@ -313,15 +310,8 @@ impl Daemon {
             warn!("uplink {0} is down: `ip link set {0} up`", self.name);
         }
         self.uplink.attached = Some((link.index, counters, found));
-        self.attach_parts(devices);
+        self.attach_devices(Vec::new(), devices);
         Ok(())
-    }
-
-    /// Gives each worker its part of the uplink.
-    pub(super) fn attach_parts(&self, devices: Vec<Device>) {
-        for (worker, device) in devices.into_iter().enumerate() {
-            self.workers.send(worker, Command::Attach(vec![(None, Box::new(device))]));
-        }
     }
 
     /// Opens the uplink once for each worker.
@@ -333,12 +323,7 @@ impl Daemon {
         let parts = steering.as_ref().map(|steering| (steering, self.workers.len()));
         let parts = NetdevPort::open_uplink(link.index, filter, parts)
             .map_err(|source| StartError::Packet { name: link.name.clone(), source })?;
-        let mut counters = Vec::with_capacity(parts.len());
-        let devices: Vec<Device> = parts.into_iter().map(Device::Netdev).collect();
-        for device in &devices {
-            counters.extend(device.kernel_counter()?);
-        }
-        Ok((counters, devices))
+        Ok(counted(parts)?)
     }
 
     /// Takes note of an uplink that was taken over.
@@ -501,6 +486,19 @@ impl Daemon {
         }
         self.remove_created(created_before);
     }
+}
+
+/// Parts of the uplink as devices, and the counters of their sockets.
+///
+/// # Errors
+/// The kernel's, when out of file descriptors.
+pub fn counted(parts: Vec<NetdevPort>) -> io::Result<(Vec<KernelCounter>, Vec<Device>)> {
+    let devices: Vec<Device> = parts.into_iter().map(Device::Netdev).collect();
+    let mut counters = Vec::with_capacity(devices.len());
+    for device in &devices {
+        counters.extend(device.kernel_counter()?);
+    }
+    Ok((counters, devices))
 }
 
 /// Closes devices the worker never had, side by side.

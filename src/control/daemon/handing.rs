@@ -1,21 +1,24 @@
 //! Handing over to another process, and taking over from one (`control::takeover`), be it
 //! that runs or one that has left everything in a store (`control::store`).
 
-use super::devices::Opened;
+use super::devices::{Opened, counted};
 use super::ports::Attached;
 use super::{Daemon, is_claim};
-use crate::control::config::Config;
+use crate::control::affinity;
+use crate::control::config::{Config, WORKERS_MAX, WorkerCount};
 use crate::control::mapping;
 use crate::control::server::{ClientId, Refusal};
 use crate::control::start_error::StartError;
 use crate::control::store::{Deposit, Legacy, Store};
 use crate::control::takeover::{
-    self, DeviceState, FORMAT, Last, PortState, State, Stored, TakeOver,
+    self, DeviceState, FORMAT, Last, PortState, State, Stored, TakeOver, format_for,
 };
 use crate::dataplane::{Command, Departed};
 use crate::frame::Tpid;
 use crate::port::{Device, InternalPort, NetdevPort};
 use crate::switch::PortIndex;
+use crate::sys::fanout;
+use crate::sys::packet::KernelCounter;
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -25,10 +28,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use tracing::{info, warn};
 
-/// Devices taken over, to be given to the worker when the other process has stopped.
+/// Devices taken over, to be given to the workers when the other process has stopped.
 #[derive(Debug, Default)]
 struct Adopted {
-    uplink: Option<Device>,
+    uplink: Vec<Device>,
     ports: Vec<Opened>,
 }
 
@@ -43,15 +46,13 @@ impl Daemon {
         format: u32,
         uplink: &str,
     ) -> Result<(), Refusal> {
-        if format != FORMAT {
-            return Err(Refusal::other_format(FORMAT));
-        }
-        if self.workers.len() > 1 {
-            // One ring can be handed over, not several: the other starts without them.
-            return Err(Refusal::other_format(FORMAT));
-        }
+        // First: who hears of another format ends us.
         if uplink != self.name {
             return Err(Refusal::refused(format!("it serves uplink {}, not {uplink}", self.name)));
+        }
+        let ours = format_for(self.workers.len());
+        if !(ours..=FORMAT).contains(&format) {
+            return Err(Refusal::other_format(ours));
         }
         self.server.reply(client, &serde_json::json!({}));
         let Some(mut stream) = self.server.hand_over(client) else {
@@ -83,10 +84,6 @@ impl Daemon {
     /// one. Returns whether nothing is to be put back therefore.
     pub(super) fn leave_in_store(&mut self) -> bool {
         let Some(store) = self.store else { return false };
-        if self.workers.len() > 1 {
-            warn!("with several workers nothing is left in the service manager's store");
-            return false;
-        }
         match self.try_to_leave(store) {
             Ok(()) => {
                 info!("left in the service manager's store, for the next vlanswitchd");
@@ -105,11 +102,11 @@ impl Daemon {
     fn try_to_leave(&mut self, store: Store) -> io::Result<()> {
         let (state, descriptors) = self.possessions();
         let netdevs = self.ports.iter().filter(|(_, port)| port.index().is_some()).count();
-        // Those, what is to be known of them, and a sending socket a device.
-        store.check_room(descriptors.len() + 1 + netdevs + 1)?;
+        // Those, what is to be known of them, and as many sending sockets as receiving ones.
+        store.check_room(descriptors.len() + 1 + netdevs + self.workers.len())?;
         let deposit = Deposit::make(&descriptors)?;
         let (last, departed) = self.freeze();
-        let stored = Stored { format: FORMAT, state, last };
+        let stored = Stored { format: state.format(), state, last };
         let devices = departed.iter().filter_map(|departed| departed.device.as_deref());
         let late: Vec<BorrowedFd<'_>> = devices.filter_map(Device::sending_fd).collect();
         // With the devices this closes them: they are in the store, unless that failed.
@@ -121,8 +118,10 @@ impl Daemon {
         let mut descriptors: Vec<BorrowedFd<'_>> =
             self.server.listeners().map(|(_, fd)| fd).collect();
         descriptors.push(self.claim.as_fd());
-        let uplink = self.uplink.attached.as_ref().and_then(|(index, counter, found)| {
-            descriptors.push(counter.first()?.socket());
+        let uplink = self.uplink.attached.as_ref().and_then(|(index, counters, found)| {
+            // None if its rings could not be opened again.
+            counters.first()?;
+            descriptors.extend(counters.iter().map(KernelCounter::socket));
             let device = DeviceState { index: Some(*index), slots: self.uplink.slots };
             Some((device, found.clone()))
         });
@@ -139,6 +138,7 @@ impl Daemon {
                 map: port.config.to_map(PLAIN_TPID),
                 device,
                 found: attached.and_then(|attached| attached.found.clone()),
+                worker: port.worker,
             });
         }
         let state = State {
@@ -148,33 +148,47 @@ impl Daemon {
             ports,
             listeners: self.server.listeners().map(|(place, _)| place).collect(),
             abilities: Some(self.abilities),
+            workers: self.workers.len(),
         };
         (state, descriptors)
     }
 
-    /// Stops the worker where it is.
+    /// Stops the workers where they are.
     fn freeze(&mut self) -> (Last, Vec<Departed>) {
-        let departed: Vec<_> = self.workers.end(|| Command::Freeze).into_iter().flatten().collect();
+        let departed = self.workers.end(|| Command::Freeze);
         let stopped = takeover::clock();
-        let mut positions: HashMap<Option<PortIndex>, usize> = HashMap::new();
-        for Departed { port, device, .. } in &departed {
-            let next = device.as_ref().map_or(0, |device| device.position().0);
-            positions.insert(*port, next);
+        let mut uplink = Vec::with_capacity(departed.len());
+        let mut positions: HashMap<PortIndex, usize> = HashMap::new();
+        for theirs in &departed {
+            let mut next = 0;
+            // The others' ports are there too, without a device.
+            for Departed { port, device, .. } in theirs {
+                match (port, device.as_ref().map(|device| device.position().0)) {
+                    (Some(port), Some(position)) => {
+                        positions.insert(*port, position);
+                    }
+                    (None, Some(position)) => next = position,
+                    (_, None) => {}
+                }
+            }
+            uplink.push(next);
         }
         self.count_overruns();
         let next = |port| positions.get(&port).copied().unwrap_or_default();
         let ports = self.ports.iter().map(|(position, port)| {
             let (from_guest, to_guest) = (&port.shared.from_guest, &port.shared.to_guest);
-            (next(Some(position)), from_guest.snapshot().into(), to_guest.snapshot().into())
+            (next(position), from_guest.snapshot().into(), to_guest.snapshot().into())
         });
+        let mut uplink = uplink.into_iter();
         let last = Last {
             stopped,
-            next: next(None),
+            next: uplink.next().unwrap_or_default(),
+            others: uplink.collect(),
             from_wire: self.workers.uplink_flow().into(),
             ports: ports.collect(),
             removed: self.retired.clone(),
         };
-        (last, departed)
+        (last, departed.into_iter().flatten().collect())
     }
 
     /// Makes the devices of the other process ours, all but moving frames. The ports are
@@ -192,18 +206,22 @@ impl Daemon {
         let missing = || StartError::Control(io::ErrorKind::InvalidData.into());
         let strict = take.is_from_process();
         if let Some((DeviceState { index, slots }, found)) = take.state.device.take() {
-            let socket = descriptors.pop_front().ok_or_else(missing)?;
+            let sockets = (0..self.workers.len()).map(|_| descriptors.pop_front());
+            let sockets = sockets.collect::<Option<Vec<_>>>().ok_or_else(missing)?;
             let index = index.ok_or_else(missing)?;
-            match adopt(&self.name, index, socket, slots) {
-                Ok(device) => {
-                    let counter = device.kernel_counter()?;
+            match NetdevPort::adopt_uplink(index, sockets, slots) {
+                Ok(parts) => {
+                    let (counters, devices) = counted(parts)?;
                     self.uplink.slots = slots;
-                    self.uplink.attached = Some((index, counter.into_iter().collect(), found));
-                    adopted.uplink = Some(device);
+                    self.uplink.attached = Some((index, counters, found));
+                    adopted.uplink = devices;
                 }
-                Err(error) if strict => return Err(error),
-                Err(error) => {
-                    warn!("{error}: starting without its ring");
+                Err(source) => {
+                    let error = StartError::TakenOver { name: self.name.clone(), source };
+                    if strict {
+                        return Err(error);
+                    }
+                    warn!("{error}: starting without its rings");
                     self.host.remember(Vec::new(), Some(found));
                 }
             }
@@ -250,13 +268,12 @@ impl Daemon {
         mut take: TakeOver,
         descriptors: VecDeque<OwnedFd>,
     ) -> Result<(), StartError> {
-        let Adopted { uplink, ports: mut opened } = self.adopt_devices(&mut take, descriptors)?;
-        let Last { stopped, next, from_wire, ports, removed } = take.finish()?;
+        let Adopted { mut uplink, ports: mut opened } =
+            self.adopt_devices(&mut take, descriptors)?;
+        let Last { stopped, next, others, from_wire, ports, removed } = take.finish()?;
         // Not sooner: the other process changes what its own filter claims, and goes on if
         // this one fails. Both claim the same now.
-        if let Some((_, counters, _)) = &self.uplink.attached
-            && let Some(counter) = counters.first()
-        {
+        for counter in self.uplink.attached.iter().flat_map(|(_, counters, _)| counters) {
             self.uplink.filter.attach(counter.socket())?;
         }
         if let Some(seat) = self.workers.iter().next() {
@@ -274,16 +291,33 @@ impl Daemon {
         for port in &mut opened {
             port.resume_at(positions.get(&port.position()).copied().unwrap_or_default());
         }
-        let mut devices = self.enter_ports(opened);
-        if let Some(mut uplink) = uplink {
-            uplink.resume_at(next);
-            self.uplink_is_there();
-            devices.push((None, Box::new(uplink)));
+        let devices = self.enter_ports(opened);
+        for (part, next) in uplink.iter_mut().zip(std::iter::once(next).chain(others)) {
+            part.resume_at(next);
         }
-        self.attach_devices(devices);
+        self.uplink_is_there();
+        self.attach_devices(devices, uplink);
         let gap = Duration::from_nanos(takeover::clock().saturating_sub(stopped));
         info!("uplink {}: taken over; frames waited for {} us", self.name, gap.as_micros());
-        Ok(())
+        self.steer_group()
+    }
+
+    /// Has the workers' sockets steered by our own program. Until then the other process's
+    /// does that, which lives with them; its answers are the same, as each port is with the
+    /// worker it was with. Hence after the rings are served: this takes the kernel time.
+    fn steer_group(&mut self) -> Result<(), StartError> {
+        let counters = self.uplink.attached.as_ref().map(|(_, counters, _)| counters);
+        let socket = counters.and_then(|counters| counters.first()).map(KernelCounter::socket);
+        let (Some(socket), Some(steering)) = (socket, &self.uplink.steering) else {
+            return Ok(());
+        };
+        match fanout::steer(socket, steering) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                warn!("uplink {}: {error}: opening it again", self.name);
+                self.reopen_uplink()
+            }
+        }
     }
 }
 
@@ -350,6 +384,10 @@ impl Inheritance {
     }
 
     fn of(config: &Config, mut take: TakeOver) -> Result<Self, String> {
+        let workers = take.state.workers;
+        if !(1..=WORKERS_MAX).contains(&workers) {
+            return Err(format!("it is of {workers} workers"));
+        }
         let mut ports = Vec::with_capacity(take.state.ports.len());
         for port in &take.state.ports {
             let parsed = mapping::parse(&port.map, PLAIN_TPID);
@@ -374,6 +412,26 @@ impl Inheritance {
             closing: false,
         })
     }
+}
+
+/// The workers to go on with: as many as the other process has, as each of its rings on the
+/// uplink has to have one. For each its CPU; and the worker each port is with.
+pub fn workers_of(
+    state: &State,
+    config: &Config,
+    planned: Vec<Option<usize>>,
+) -> (Vec<Option<usize>>, Vec<Option<usize>>) {
+    let (wanted, running) = (planned.len(), state.workers);
+    let is_told = config.workers != WorkerCount::Auto || !config.cpus.is_empty();
+    if wanted != running && is_told {
+        let plural = if running == 1 { "" } else { "s" };
+        warn!(
+            "going on with {running} worker{plural}, as many as the vlanswitchd before: to have \
+             {wanted}, stop it and start it again; frames in between are lost then"
+        );
+    }
+    let before = state.ports.iter().map(|port| Some(port.worker)).collect();
+    (affinity::cpus_of(config, running), before)
 }
 
 fn adopt(name: &str, index: u32, socket: OwnedFd, slots: usize) -> Result<Device, StartError> {

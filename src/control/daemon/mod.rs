@@ -176,13 +176,11 @@ impl Daemon {
         let watched = Watched::default();
         let mut ports = Ports::new(config.ports.clone());
         let abilities = known.or_else(|| probe.map(Probe::finish)).unwrap_or_default();
-        let mut planned = plan.workers;
-        if take.is_some() && planned.len() > 1 {
-            // One ring is taken over: there is one worker for it.
-            warn!("taken over with one worker: --workers counts from the next start on");
-            planned.truncate(1);
-        }
-        let steering = place_ports(&mut ports, planned.len())?;
+        let (planned, before) = match &take {
+            Some(take) => handing::workers_of(&take.state, &config, plan.workers),
+            None => (plan.workers, Vec::new()),
+        };
+        let steering = place_ports(&mut ports, planned.len(), &before)?;
         let workers = Workers::start(&planned, &config, &ports, abilities)?;
         let heartbeat = Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now());
         let store = Store::of_environment(config.is_fd_store());

@@ -151,7 +151,11 @@ impl Daemon {
         }
     }
 
-    fn reopen_uplink(&mut self) -> Result<(), StartError> {
+    /// Opens the uplink's rings again.
+    ///
+    /// # Errors
+    /// [`StartError`]: the uplink is without them.
+    pub(super) fn reopen_uplink(&mut self) -> Result<(), StartError> {
         let index = self.uplink.attached.as_ref().map(|(index, ..)| *index);
         let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
         let Some(link) = link else { return Ok(()) };
@@ -161,7 +165,7 @@ impl Daemon {
                 if let Some((_, counters, _)) = &mut self.uplink.attached {
                     *counters = fresh;
                 }
-                self.attach_parts(devices);
+                self.attach_devices(Vec::new(), devices);
                 Ok(())
             }
             Err(error) => {

@@ -238,16 +238,21 @@ fn begin_worker(sandbox: SandboxMode, cpu: Option<usize>) -> Result<(), ConfineE
     privileges::confine_worker(sandbox)
 }
 
-/// Gives each port a worker, and steers its frames there if there are several.
+/// Gives each port a worker, the one it had `before` if any, and steers its frames there if
+/// there are several.
 ///
 /// # Errors
 /// [`StartError`] if the program that steers cannot be loaded.
-pub fn place_ports(ports: &mut Ports, workers: usize) -> Result<Option<Steering>, StartError> {
+pub fn place_ports(
+    ports: &mut Ports,
+    workers: usize,
+    before: &[Option<usize>],
+) -> Result<Option<Steering>, StartError> {
     let steering = if workers > 1 { Some(Steering::new()?) } else { None };
     let memberships = ports.memberships();
     let groups = placement::groups(&[&memberships]);
     let present = vec![true; groups.len()];
-    let placed = placement::place(&groups, &[], &present, &vec![true; workers]);
+    let placed = placement::place(&groups, before, &present, &vec![true; workers]);
     for (position, port) in ports.iter_mut() {
         port.worker = placed.get(position).copied().unwrap_or(0);
         steer(steering.as_ref(), &port.config.membership, port.worker);
@@ -293,18 +298,22 @@ impl Daemon {
         }
     }
 
-    /// Gives each device to the worker of its port: one command for each worker.
-    pub(super) fn attach_devices(&self, devices: Vec<(Option<PortIndex>, Box<Device>)>) {
-        let mut parts: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
-        for (position, device) in devices {
-            let worker = position.and_then(|position| self.ports.get(position));
-            if let Some(part) = parts.get_mut(worker.map_or(0, |port| port.worker)) {
-                part.push((position, device));
+    /// Gives each device to the worker of its port, and each worker its part of the uplink:
+    /// one command for each worker.
+    pub(super) fn attach_devices(&self, ports: Vec<(PortIndex, Box<Device>)>, uplink: Vec<Device>) {
+        let mut theirs: Vec<Vec<_>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for (position, device) in ports {
+            let worker = self.ports.get(position).map_or(0, |port| port.worker);
+            if let Some(theirs) = theirs.get_mut(worker) {
+                theirs.push((Some(position), device));
             }
         }
-        for (worker, part) in parts.into_iter().enumerate() {
-            if !part.is_empty() {
-                self.workers.send(worker, Command::Attach(part));
+        for (theirs, part) in theirs.iter_mut().zip(uplink) {
+            theirs.push((None, Box::new(part)));
+        }
+        for (worker, devices) in theirs.into_iter().enumerate() {
+            if !devices.is_empty() {
+                self.workers.send(worker, Command::Attach(devices));
             }
         }
     }
