@@ -12,7 +12,7 @@
 
 mod lab;
 
-use lab::both_ways::{both_ways, gap, print_gaps};
+use lab::both_ways::{Arrived, assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::raw::Held;
 use lab::{Daemon, Lab, Manager, Wire, assert_same, eventually};
@@ -23,10 +23,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-use vlanswitchd::control::api::{Request, StatusReply};
+use vlanswitchd::control::api::{PortsReply, Request, StatusReply};
 use vlanswitchd::control::client::Client;
 
 const VLAN: TagBytes = tag(0x8100, 101);
+const OTHER: TagBytes = tag(0x8100, 102);
 const MAPS: [&str; 6] =
     ["--map", "101=t0", "--map", "102=t1,mode=access", "--map", "55=internal:leg0"];
 
@@ -92,7 +93,8 @@ fn every_frame_arrives_once_through_many_restarts_by_the_store() {
     const RESTARTS: usize = 100;
     let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
     let control = place.control();
-    let arguments = place.arguments(&control, &MAPS);
+    let one = [&["--workers", "1"], &MAPS[..]].concat();
+    let arguments = place.arguments(&control, &one);
     let mut daemon = Some(manager.start(&lab, &arguments));
     let guest = lab.raw_guest("t0");
     daemon.as_ref().unwrap().attached(&["t0"]);
@@ -112,6 +114,94 @@ fn every_frame_arrives_once_through_many_restarts_by_the_store() {
     assert_eq!((port.from_guest.in_frames, port.to_guest.in_frames), (sent[1], sent[0]));
     assert_eq!((port.from_guest.all_drops(), port.to_guest.all_drops()), (0, 0));
     assert_eq!(summary.to_wire.out_frames, sent[1]);
+}
+
+/// The same with two workers, a port on each, and ports that change theirs in between.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn every_frame_arrives_once_through_many_restarts_of_two_workers_by_the_store() {
+    const RESTARTS: u32 = 60;
+    let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
+    let control = place.control();
+    let two = [&["--workers", "2", "--rebalance", "off"], &MAPS[..]].concat();
+    let arguments = place.arguments(&control, &two);
+    let mut daemon = Some(manager.start(&lab, &arguments));
+    let guests = [lab.raw_guest("t0"), lab.raw_guest("t1")];
+    daemon.as_ref().unwrap().attached(&["t0", "t1"]);
+    assert_eq!(workers(&control), [0, 1, 0]);
+    let mut gaps = Vec::new();
+    let both = [(&guests[0], VLAN), (&guests[1], OTHER)];
+    let (sent, rate) = both_ways_twice(&lab, both, |arrived| {
+        for round in 0..RESTARTS {
+            if round % 3 == 1 {
+                move_port(&control, "t0", round / 3 % 2);
+                move_port(&control, "t1", (round / 3 + 1) % 2);
+            }
+            let before = workers(&control);
+            stopped(daemon.take().unwrap());
+            let next = daemon.insert(manager.start(&lab, &arguments));
+            gaps.push(gap(next));
+            eventually("all is the daemon's", || manager.stored().is_empty().then_some(()));
+            assert_eq!(workers(&control), before, "ports stay with their workers");
+            arrived.into_iter().for_each(Arrived::flows);
+        }
+    });
+    print_gaps(gaps, sum(sent), rate);
+    assert_counted(&daemon.unwrap().settled(), [("t0", sent[0]), ("t1", sent[1])]);
+}
+
+/// The worker of each port.
+fn workers(control: &str) -> Vec<u32> {
+    let mut client = Client::connect(Path::new(control)).unwrap();
+    let reply = client.call(&Request::ListPorts {}).unwrap();
+    let ports = reply.read::<PortsReply>().unwrap().ports;
+    ports.into_iter().map(|port| port.worker.unwrap()).collect()
+}
+
+fn move_port(control: &str, name: &str, worker: u32) {
+    let mut client = Client::connect(Path::new(control)).unwrap();
+    client.call(&Request::MovePort { name: name.to_owned(), worker }).unwrap();
+}
+
+/// As many workers go on as the store has rings for; one ring of no use costs the others of
+/// the uplink, and no port.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn the_store_says_how_many_workers_go_on() {
+    let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
+    let control = place.control();
+    let with = |workers| [&["--workers", workers], &MAPS[..]].concat();
+    let guests = [lab.raw_guest("t0"), lab.raw_guest("t1")];
+    let wire = lab.wire();
+    let forwards = |number| {
+        for (guest, tag) in guests.iter().zip([VLAN, OTHER]) {
+            wire.send(&Frame::numbered(number).tags(&[tag]));
+            assert_eq!(guest.receive_until(number).len(), 1, "{tag:?}");
+        }
+    };
+    let first = manager.start(&lab, &place.arguments(&control, &with("2")));
+    first.attached(&["t0", "t1"]);
+    forwards(1);
+    stopped(first);
+    let next = manager.start(&lab, &place.arguments(&control, &with("1")));
+    says(&next, "going on with 2 workers, as many as the vlanswitchd before");
+    assert_eq!(workers(&control), [0, 1, 0]);
+    forwards(2);
+    stopped(next);
+    // The second socket on the uplink.
+    drop(manager.take("vlanswitchd-3"));
+    manager.put("vlanswitchd-3", File::open("/dev/null").unwrap());
+    let last = manager.start(&lab, &place.arguments(&control, &with("2")));
+    says(&last, "up0: cannot take over a packet socket");
+    assert_eq!(workers(&control), [0, 1, 0]);
+    forwards(4);
+    assert_eq!(last.summary().port("t0").to_guest.out_frames, 3);
+    stopped(last);
+    // Without what was left: as many as asked for.
+    manager.discard();
+    let cold = manager.start(&lab, &place.arguments(&control, &with("1")));
+    assert_eq!(workers(&control), [0, 0, 0]);
+    stopped(cold);
 }
 
 /// The manager drops what it keeps when it is told to stop the service for good.
@@ -153,7 +243,7 @@ fn what_the_manager_has_dropped_is_put_back_by_who_is_asked_to() {
 fn what_cannot_be_used_is_removed_and_the_start_is_a_cold_one() {
     let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
     let control = place.control();
-    let arguments = place.arguments(&control, &["--map", "101=t0"]);
+    let arguments = place.arguments(&control, &["--workers", "1", "--map", "101=t0"]);
     let guest = lab.raw_guest("t0");
     let memory = |text: &str, sealed: bool| {
         use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -335,7 +425,7 @@ fn a_stuck_worker_is_told_and_the_manager_hears_nothing() {
     let watchdog = Duration::from_secs(3);
     manager.watchdog = Some(watchdog);
     let control = place.control();
-    let arguments = place.arguments(&control, &["--map", "101=t0"]);
+    let arguments = place.arguments(&control, &["--workers", "1", "--map", "101=t0"]);
     let daemon = manager.start(&lab, &arguments);
     let status = || {
         let mut client = Client::connect(Path::new(&control)).unwrap();

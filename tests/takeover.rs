@@ -11,16 +11,19 @@
 
 mod lab;
 
-use lab::both_ways::{both_ways, gap, print_gaps};
+use lab::both_ways::{Arrived, assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::{Daemon, Lab, eventually};
 use nix::sys::signal::Signal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use vlanswitchd::control::api::{PortsReply, Request, StatsReply};
-use vlanswitchd::control::client::Client;
+use vlanswitchd::control::api::{PortsReply, Request, StatsReply, Status, StatusReply};
+use vlanswitchd::control::client::{Client, ClientError, Reply};
 
 const VLAN: TagBytes = tag(0x8100, 101);
+const OTHER: TagBytes = tag(0x8100, 102);
+const MAPS: [&str; 6] =
+    ["--map", "101=t0", "--map", "102=t1,mode=access", "--map", "55=internal:leg0"];
 
 struct Place {
     folder: TempDir,
@@ -43,8 +46,31 @@ impl Place {
         lab.daemon(&all)
     }
 
-    fn client(&self) -> Client {
-        Client::connect(&self.control()).unwrap()
+    fn client(&self) -> Caller {
+        Caller(Client::connect(&self.control()).unwrap())
+    }
+}
+
+/// Somebody who asks.
+struct Caller(Client);
+
+impl Caller {
+    fn call(&mut self, request: &Request) -> Result<Reply, ClientError> {
+        self.0.call(request)
+    }
+
+    fn status(&mut self) -> Status {
+        self.0.call(&Request::GetStatus {}).unwrap().read::<StatusReply>().unwrap().status
+    }
+
+    /// The worker of each port.
+    fn workers(&mut self) -> Vec<u32> {
+        let ports = self.0.call(&Request::ListPorts {}).unwrap().read::<PortsReply>().unwrap();
+        ports.ports.into_iter().map(|port| port.worker.unwrap()).collect()
+    }
+
+    fn move_port(&mut self, name: &str, worker: u32) {
+        self.0.call(&Request::MovePort { name: name.to_owned(), worker }).unwrap();
     }
 }
 
@@ -61,7 +87,7 @@ fn every_frame_arrives_once_through_many_restarts() {
     const RESTARTS: usize = 100;
     let lab = Lab::new();
     let place = Place::new();
-    let maps = ["--map", "101=t0", "--map", "102=t1,mode=access", "--map", "55=internal:leg0"];
+    let maps = [&["--workers", "1"], &MAPS[..]].concat();
     let mut daemon = place.start(&lab, &maps);
     let guest = lab.raw_guest("t0");
     daemon.attached(&["t0"]);
@@ -81,6 +107,101 @@ fn every_frame_arrives_once_through_many_restarts() {
     assert_eq!((port.from_guest.in_frames, port.to_guest.in_frames), (sent[1], sent[0]));
     assert_eq!((port.from_guest.all_drops(), port.to_guest.all_drops()), (0, 0));
     assert_eq!(summary.to_wire.out_frames, sent[1]);
+}
+
+/// The same with two workers, a port on each, and ports that change theirs in between.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn every_frame_arrives_once_through_many_restarts_of_two_workers() {
+    const RESTARTS: u32 = 60;
+    let lab = Lab::new();
+    let place = Place::new();
+    let arguments = [&["--workers", "2", "--rebalance", "off"], &MAPS[..]].concat();
+    let mut daemon = place.start(&lab, &arguments);
+    let guests = [lab.raw_guest("t0"), lab.raw_guest("t1")];
+    daemon.attached(&["t0", "t1"]);
+    assert_eq!(place.client().workers(), [0, 1, 0]);
+    let mut gaps = Vec::new();
+    let both = [(&guests[0], VLAN), (&guests[1], OTHER)];
+    let (sent, rate) = both_ways_twice(&lab, both, |arrived| {
+        for round in 0..RESTARTS {
+            if round % 3 == 1 {
+                place.client().move_port("t0", round / 3 % 2);
+                place.client().move_port("t1", (round / 3 + 1) % 2);
+            }
+            let before = place.client().workers();
+            let next = place.start(&lab, &[&arguments[..], &["--takeover"]].concat());
+            ended(std::mem::replace(&mut daemon, next));
+            gaps.push(gap(&daemon));
+            assert_eq!(place.client().workers(), before, "ports stay with their workers");
+            arrived.into_iter().for_each(Arrived::flows);
+        }
+    });
+    print_gaps(gaps, sum(sent), rate);
+    assert_counted(&daemon.stop(), [("t0", sent[0]), ("t1", sent[1])]);
+}
+
+/// As many workers go on as there were, whatever is asked for.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn another_number_of_workers_takes_a_start_of_its_own() {
+    for (running, wanted, told) in [
+        (1, "2", Some("going on with 1 worker, as many as")),
+        (2, "1", Some("going on with 2 workers, as many as")),
+        (2, "auto", None),
+    ] {
+        let lab = Lab::new();
+        let place = Place::new();
+        let count = running.to_string();
+        let old = place.start(&lab, &[&["--workers", &count], &MAPS[..]].concat());
+        let guests = [lab.raw_guest("t0"), lab.raw_guest("t1")];
+        old.attached(&["t0", "t1"]);
+        let oldest = Request::HandOver { format: 1, uplink: "up0".to_owned() };
+        if running > 1 {
+            // A version that knows one worker only would lose frames.
+            let refusal = place.client().call(&oldest).unwrap_err().to_string();
+            assert!(refusal.contains("OtherFormat"), "{refusal}");
+        }
+        let new = place.start(&lab, &[&["--takeover", "--workers", wanted], &MAPS[..]].concat());
+        ended(old);
+        assert_eq!(place.client().status().workers.len(), running, "{running} {wanted}");
+        let said = new.stderr().into_iter().find(|line| line.contains("going on with"));
+        assert_eq!(said.is_some(), told.is_some(), "{said:?}");
+        assert!(said.unwrap_or_default().contains(told.unwrap_or_default()), "{wanted}");
+        let wire = lab.wire();
+        for (guest, tag) in guests.iter().zip([VLAN, OTHER]) {
+            wire.send(&Frame::numbered(1).tags(&[tag]));
+            assert_eq!(guest.receive_until(1).len(), 1, "{running} {wanted}");
+        }
+        new.stop();
+    }
+}
+
+/// The uplink goes down under one process and comes up under the next: the kernel takes the
+/// workers' sockets out of their group and puts them in again.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn the_uplink_may_be_down_while_workers_are_handed_over() {
+    let lab = Lab::new();
+    let place = Place::new();
+    let arguments = [&["--workers", "2", "--rebalance", "off"], &MAPS[..]].concat();
+    let old = place.start(&lab, &arguments);
+    let guests = [lab.raw_guest("t0"), lab.raw_guest("t1")];
+    old.attached(&["t0", "t1"]);
+    let uplink = |state: &str| {
+        lab.host.ip(&format!("link set up0 {state}"));
+        eventually("it is told", || (place.client().status().uplink_state == state).then_some(()));
+    };
+    uplink("down");
+    let new = place.start(&lab, &[&arguments[..], &["--takeover"]].concat());
+    ended(old);
+    uplink("up");
+    let wire = lab.wire();
+    for (guest, tag) in guests.iter().zip([VLAN, OTHER]) {
+        wire.send(&Frame::numbered(1).tags(&[tag]));
+        assert_eq!(guest.receive_until(1).len(), 1, "{tag:?}");
+    }
+    assert_eq!(new.stop().from_wire.all_drops(), 0);
 }
 
 /// The new configuration is put in force after the old one's rings were taken over.
@@ -165,7 +286,7 @@ fn who_cannot_go_on_leaves_the_other_in_peace() {
         use std::io::Write;
         let mut stream = std::os::unix::net::UnixStream::connect(&control).unwrap();
         let call =
-            r#"{"method":"org.vlanswitchd.HandOver","parameters":{"format":1,"uplink":"up0"}}"#;
+            r#"{"method":"org.vlanswitchd.HandOver","parameters":{"format":2,"uplink":"up0"}}"#;
         stream.write_all(call.as_bytes()).unwrap();
         stream.write_all(&[0]).unwrap();
     }
@@ -186,18 +307,40 @@ fn another_format_ends_in_a_start_without_the_rings() {
     another_version("org.vlanswitchd.OtherFormat");
 }
 
-fn another_version(answer: &str) {
-    use std::io::Read;
+/// One that knows an older format only, and is read nevertheless.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn an_older_version_is_asked_for_what_it_has() {
     let folder = TempDir::new().unwrap();
     let control = folder.path().join("control");
-    // Something that speaks varlink and answers so; SIGTERM ends it.
+    let mut older = speaker(&control, "org.vlanswitchd.OtherFormat", 1);
+    let lab = Lab::new();
+    let control = control.to_str().unwrap();
+    let arguments = ["--uplink", "up0", "--takeover", "--control", control, "--map", "101=t0"];
+    let refused = lab.failing_daemon(&arguments);
+    assert!(refused.stderr.contains("refuses: asked for 2, then for 1"), "{}", refused.stderr);
+    assert!(older.try_wait().unwrap().is_none(), "it is left in peace");
+    older.kill().unwrap();
+    older.wait().unwrap();
+}
+
+/// Something that speaks varlink and answers so; SIGTERM ends it.
+fn speaker(control: &Path, answer: &str, format: u32) -> std::process::Child {
+    use std::io::Read;
     let mut other = std::process::Command::new("python3")
-        .args(["-c", OTHER, control.to_str().unwrap(), answer])
+        .args(["-c", SPEAKER, control.to_str().unwrap(), answer, &format.to_string()])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
     let mut line = [0; 6];
     other.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    other
+}
+
+fn another_version(answer: &str) {
+    let folder = TempDir::new().unwrap();
+    let control = folder.path().join("control");
+    let mut other = speaker(&control, answer, 99);
     let lab = Lab::new();
     let ending = std::thread::spawn(move || other.wait().unwrap());
     let daemon =
@@ -213,14 +356,20 @@ fn another_version(answer: &str) {
     daemon.stop();
 }
 
-const OTHER: &str = r#"
-import json, socket, sys
+const SPEAKER: &str = r#"
+import json, socket, sys, time
 s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()
 print("ready", flush=True)
 c, _ = s.accept()
-call = json.loads(c.recv(4096).rstrip(b"\0"))
-c.sendall(json.dumps({"error": sys.argv[2], "parameters": {"method": call["method"], "format": 99}}).encode() + b"\0")
-c.recv(1); import time; time.sleep(60)
+hear = lambda: json.loads(c.recv(4096).rstrip(b"\0") or "null")
+say = lambda error, **parameters: c.sendall(json.dumps({"error": error, "parameters": parameters}).encode() + b"\0")
+first = hear()
+say(sys.argv[2], method=first["method"], format=int(sys.argv[3]))
+second = hear()
+if second:
+    asked = [call["parameters"]["format"] for call in (first, second)]
+    say("org.vlanswitchd.Refused", message="asked for %d, then for %d" % tuple(asked))
+time.sleep(60)
 "#;
 
 /// By then the other process has ended: its ports are better than none.

@@ -13,7 +13,7 @@
 
 mod lab;
 
-use lab::both_ways::{Arrived, both_ways};
+use lab::both_ways::both_ways_twice;
 use lab::frames::{Frame, TagBytes, tag};
 use lab::raw::Held;
 use lab::{Daemon, Lab, RawGuest, eventually};
@@ -102,39 +102,6 @@ fn passes(lab: &Lab, guest: &RawGuest, tag: TagBytes, number: u64) {
     assert_eq!((arrived.number(), &arrived.tags[..]), (number, &[tag][..]));
 }
 
-/// Traffic through both ports while something happens.
-fn both_ways_twice(
-    lab: &Lab,
-    guests: [(&RawGuest, TagBytes); 2],
-    meanwhile: impl FnOnce(&Arrived),
-) -> [[u64; 2]; 2] {
-    let over = AtomicBool::new(false);
-    struct Over<'o>(&'o AtomicBool);
-    impl Drop for Over<'_> {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-    std::thread::scope(|scope| {
-        let (other, other_tag) = guests[1];
-        let over = &over;
-        let second = scope.spawn(move || {
-            let wait = |_: &Arrived| {
-                while !over.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            };
-            both_ways(lab, other, other_tag, wait).0
-        });
-        let (guest, tag) = guests[0];
-        let (first, _) = both_ways(lab, guest, tag, |arrived| {
-            let _over = Over(over);
-            meanwhile(arrived);
-        });
-        [first, second.join().unwrap()]
-    })
-}
-
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn ports_move_under_traffic_and_every_frame_arrives_once_and_in_order() {
@@ -145,7 +112,7 @@ fn ports_move_under_traffic_and_every_frame_arrives_once_and_in_order() {
     switch.daemon.attached(&["t0", "t1"]);
     assert_eq!(switch.placed(), [("t0".to_owned(), 0), ("t1".to_owned(), 1)]);
     let (mut moves, mut longest) = (0, Duration::ZERO);
-    let frames = both_ways_twice(&lab, [(&one, vlan(101)), (&other, vlan(102))], |_| {
+    let (frames, _) = both_ways_twice(&lab, [(&one, vlan(101)), (&other, vlan(102))], |_| {
         for round in 0..150 {
             let begin = Instant::now();
             switch.move_port("t0", (round + 1) % 2).unwrap();
@@ -231,7 +198,7 @@ fn ports_of_both_workers_come_change_and_go_and_others_lose_no_frame() {
     let switch = Switch::start(&lab, &arguments);
     let (one, other) = (lab.raw_guest("t0"), lab.raw_guest("t1"));
     switch.daemon.attached(&["t0", "t1"]);
-    let frames = both_ways_twice(&lab, [(&one, vlan(101)), (&other, vlan(102))], |_| {
+    let (frames, _) = both_ways_twice(&lab, [(&one, vlan(101)), (&other, vlan(102))], |_| {
         for round in 0..20 {
             switch.add(&format!("{}=t2", 200 + round));
             switch.add(&format!("{}.1=t3", 300 + round));

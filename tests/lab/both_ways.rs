@@ -2,7 +2,8 @@
 //! order, while something happens to the switch.
 
 use super::frames::{Frame, TagBytes};
-use super::{Daemon, Lab, RawGuest, eventually};
+use super::{Daemon, Lab, RawGuest, Summary, eventually};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -74,11 +75,20 @@ pub fn both_ways(
     tag: TagBytes,
     meanwhile: impl FnOnce(&Arrived),
 ) -> ([u64; 2], f64) {
+    both_ways_shared(lab, guest, tag, |arrived| meanwhile(arrived))
+}
+
+fn both_ways_shared(
+    lab: &Lab,
+    guest: &RawGuest,
+    tag: TagBytes,
+    meanwhile: impl FnOnce(&Arc<Arrived>),
+) -> ([u64; 2], f64) {
     let wire = lab.wire();
     if [0x8100, 0x88a8].contains(&tag.tpid) {
         wire.only_vid(tag.vid);
     }
-    let (stop, arrived) = (AtomicBool::new(false), Arrived::default());
+    let (stop, arrived) = (AtomicBool::new(false), Arc::<Arrived>::default());
     let begin = Instant::now();
     let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
         let mut number = 0;
@@ -141,4 +151,62 @@ pub fn both_ways(
     assert_eq!(arrived.now(), sent, "arrived and sent, to the guest and from it");
     let seconds = (begin.elapsed() - PATIENCE).as_secs_f64();
     (sent, (sent[0] + sent[1]) as f64 / seconds)
+}
+
+/// The same through two ports. Returns how many frames went each way through each, and how
+/// many a second in all.
+pub fn both_ways_twice(
+    lab: &Lab,
+    guests: [(&RawGuest, TagBytes); 2],
+    meanwhile: impl FnOnce([&Arrived; 2]),
+) -> ([[u64; 2]; 2], f64) {
+    let over = AtomicBool::new(false);
+    struct Over<'o>(&'o AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let (lend, lent) = std::sync::mpsc::channel::<Arc<Arrived>>();
+    std::thread::scope(|scope| {
+        let (guest, tag) = guests[1];
+        let over = &over;
+        let second = scope.spawn(move || {
+            let wait = |arrived: &Arc<Arrived>| {
+                lend.send(Arc::clone(arrived)).unwrap();
+                while !over.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            };
+            both_ways_shared(lab, guest, tag, wait)
+        });
+        let (guest, tag) = guests[0];
+        let (first, rate) = both_ways(lab, guest, tag, |arrived| {
+            let _over = Over(over);
+            let other = lent.recv().unwrap();
+            meanwhile([arrived, &other]);
+        });
+        let (second, other_rate) = second.join().unwrap();
+        ([first, second], rate + other_rate)
+    })
+}
+
+/// What went through two ports, each way.
+pub fn sum(sent: [[u64; 2]; 2]) -> [u64; 2] {
+    let [one, other] = sent;
+    [one[0] + other[0], one[1] + other[1]]
+}
+
+/// Fails the test unless the daemon has counted what went through two ports, and no drop.
+pub fn assert_counted(summary: &Summary, ports: [(&str, [u64; 2]); 2]) {
+    for (name, [to_guest, from_guest]) in ports {
+        let port = summary.port(name);
+        let counted = [port.to_guest.in_frames, port.from_guest.in_frames];
+        assert_eq!(counted, [to_guest, from_guest], "{name}");
+        let drops = [port.to_guest.all_drops(), port.from_guest.all_drops()];
+        assert_eq!(drops, [0, 0], "{name}: {port:?}");
+    }
+    assert_eq!(summary.from_wire.all_drops(), 0, "{:?}", summary.from_wire);
+    let [_, from_guests] = sum(ports.map(|(_, sent)| sent));
+    assert_eq!(summary.to_wire.out_frames, from_guests);
 }

@@ -15,6 +15,14 @@ pub fn binary() -> String {
     std::env::var("VLANSWITCHD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_vlanswitchd").to_owned())
 }
 
+/// The same tests with several workers: `VLANSWITCHD_WORKERS=2`.
+pub fn add_workers(command: &mut Command, arguments: &[&str]) {
+    let workers = std::env::var("VLANSWITCHD_WORKERS").ok();
+    if let Some(workers) = workers.filter(|_| !arguments.contains(&"--workers")) {
+        command.args(["--workers", &workers]);
+    }
+}
+
 /// Lines of one output stream, collected as they come.
 struct Lines {
     lines: Arc<Mutex<Vec<String>>>,
@@ -90,11 +98,7 @@ impl Daemon {
         if !arguments.contains(&"--control") {
             command.args(["--control", "none"]);
         }
-        // The same tests with several workers: VLANSWITCHD_WORKERS=2.
-        let workers = std::env::var("VLANSWITCHD_WORKERS").ok();
-        if let Some(workers) = workers.filter(|_| !arguments.contains(&"--workers")) {
-            command.args(["--workers", &workers]);
-        }
+        add_workers(&mut command, arguments);
         Self::start_command(command)
     }
 

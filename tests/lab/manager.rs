@@ -77,6 +77,7 @@ impl Manager {
         let wrapper = ["sh", "-c", script];
         let mut command = lab.host.command_through(&wrapper, &super::daemon::binary());
         command.args(["--uplink", "up0", "--log-format", "json"]).args(arguments);
+        super::daemon::add_workers(&mut command, arguments);
         command.env("NOTIFY_SOCKET", self.folder.path().join("notify"));
         if let Some(room) = self.room {
             command.env("FDSTORE", room.to_string());
