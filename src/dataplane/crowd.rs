@@ -54,7 +54,7 @@ impl Crowd {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
     use super::super::burst::Handling;
     use super::*;
     use crate::dataplane::{Abilities, PollMode, PortShared, UplinkShared, Worker};
