@@ -353,7 +353,7 @@ impl Soak<'_> {
         let names: Vec<_> = links.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
         let bpf = names.iter().filter(|name| name.to_string_lossy().contains("bpf")).count();
         Held {
-            memory: self.daemon().resident_bytes(),
+            memory: self.daemon().anonymous_bytes(),
             descriptors: names.len(),
             bpf,
             devices: self.lab.host.devices().len(),
@@ -417,7 +417,7 @@ fn mixed_traffic_with_changes_restarts_and_faults() {
         transfer::tcp(&member.inside, &inside.inside, "10.0.0.2", TCP_BYTES);
     };
     println!(
-        "minute       sent    arrived changes restarts flaps pauses captures tcp MiB  RSS MiB   \
+        "minute       sent    arrived changes restarts flaps pauses captures tcp MiB  own MiB   \
          fds  bpf devices"
     );
     let control = Control::default();

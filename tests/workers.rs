@@ -13,7 +13,7 @@
 
 mod lab;
 
-use lab::both_ways::both_ways_twice;
+use lab::both_ways::{Arrived, both_ways, both_ways_twice};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::raw::Held;
 use lab::{Daemon, Lab, RawGuest, eventually};
@@ -177,7 +177,7 @@ fn a_move_with_a_worker_that_stands_still_is_refused_and_changes_nothing() {
     both_ways_twice(&lab, [(&one, vlan(101)), (&other, vlan(102))], |arrived| {
         refused(1);
         moves(&|_| ());
-        arrived.flows();
+        arrived.into_iter().for_each(Arrived::flows);
     });
     // The one that has it: the other serves its own ports on.
     both_ways(&lab, &other, vlan(102), |arrived| {

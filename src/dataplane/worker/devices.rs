@@ -53,11 +53,11 @@ impl Worker {
         }
     }
 
-    fn tell_departed(&self, departed: Departed) {
+    pub(super) fn tell_departed(&self, departed: Departed) {
         let _ = self.notices.send(Notice::Departed(departed));
     }
 
-    fn device(&self, port: Option<PortIndex>) -> Option<&Device> {
+    pub(super) fn device(&self, port: Option<PortIndex>) -> Option<&Device> {
         match port {
             None => self.uplink.as_deref(),
             Some(port) => self.slots.get(port).and_then(|slot| slot.device.as_deref()),

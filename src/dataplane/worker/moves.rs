@@ -18,8 +18,9 @@
 //! Control numbers its moves, so that an answer that comes late is not taken for that to
 //! the next question.
 
-use super::{Departed, Device, Duration, Instant, Notice, Slot, Worker, heat};
+use super::{Device, Duration, Instant, Notice, Slot, Worker, heat};
 use crate::dataplane::counters::PortShared;
+use crate::dataplane::handle::Departed;
 use crate::switch::PortIndex;
 use std::sync::Arc;
 
