@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{PortsReply, Request, StatusReply};
 use vlanswitchd::control::client::Client;
+use vlanswitchd::sys::bpf::{Direction, is_attached_tc};
 
 const VLAN: TagBytes = tag(0x8100, 101);
 const OTHER: TagBytes = tag(0x8100, 102);
@@ -46,6 +47,11 @@ impl Place {
 
     fn arguments<'a>(&'a self, control: &'a str, more: &[&'a str]) -> Vec<&'a str> {
         [&["-v", "--control", control], more].concat()
+    }
+
+    /// The record of what devices were like, of `up0` in a lab's host.
+    fn record(lab: &Lab) -> String {
+        format!("up0-{}.found", lab.host.tool("stat", "-Lc %i /proc/self/ns/net").trim())
     }
 
     fn files(&self) -> Vec<String> {
@@ -220,7 +226,7 @@ fn what_the_manager_has_dropped_is_put_back_by_who_is_asked_to() {
     assert!(refused.stderr.contains("another vlanswitchd serves it"), "{}", refused.stderr);
     stopped(daemon);
     assert_ne!(before, lab.host.snapshot(), "nothing is put back between two runs");
-    assert_eq!(place.files(), ["control", "control.found"]);
+    assert_eq!(place.files(), ["control".to_owned(), Place::record(&lab)]);
     manager.discard();
     // A start goes on with what it was like, and puts that back in the end.
     let daemon = manager.start(&lab, &arguments);
@@ -235,6 +241,77 @@ fn what_the_manager_has_dropped_is_put_back_by_who_is_asked_to() {
     assert_eq!(place.files(), ["control"]);
     let done = lab.host.command(&lab::daemon::binary()).args(give_back).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&done.stdout), "0 devices given back\n");
+}
+
+/// Switches with one control path: several uplinks, of one name in several namespaces too.
+/// None touches what another one's devices were like.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_second_switch_leaves_the_devices_of_the_first_alone() {
+    let (lab, other, folder) = (Lab::new(), Lab::new(), TempDir::new().unwrap());
+    // The default path, which may be in use on this machine.
+    let script = format!(r#"mount --bind {} /run && exec "$0" "$@""#, folder.path().display());
+    let wrapper = ["sh", "-ec", &script];
+    let command = |lab: &Lab, arguments: &[&str]| {
+        let mut command = lab.host.command_through(&wrapper, &lab::daemon::binary());
+        command.args(arguments);
+        command
+    };
+    for number in 1..=2 {
+        lab.host.ip(&format!("link add up{number} type veth peer name far{number}"));
+    }
+    for (lab, found) in [(&lab, "found0"), (&lab, "found1"), (&other, "found0")] {
+        lab.host.ip(&format!("tuntap add {found} mode tap"));
+    }
+    let arguments = |uplink, map| ["-v", "--uplink", uplink, "--map", map];
+    let start =
+        |lab: &Lab, uplink, map| Daemon::start_command(command(lab, &arguments(uplink, map)));
+    let given_back = |lab: &Lab, uplink, map| {
+        let arguments = [&arguments(uplink, map)[..], &["--give-back"]].concat();
+        let done = command(lab, &arguments).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let first = start(&lab, "up0", "101=found0");
+    let device = lab.host.link("found0").unwrap()["ifindex"].as_u64().unwrap() as u32;
+    let running = || {
+        let sealed = || is_attached_tc("vlansw_seal", device, Direction::Ingress).unwrap();
+        assert!(lab.host.enter(sealed), "the seal is gone");
+        let link = lab.host.link("found0").unwrap();
+        ["mtu", "qdisc", "flags"].map(|key| link[key].to_string())
+    };
+    let before = running();
+    for (lab, uplink, map) in [(&lab, "up1", "102=found1"), (&other, "up0", "101=found0")] {
+        assert_eq!(
+            given_back(lab, uplink, map),
+            "0 devices given back
+"
+        );
+        let mut second = start(lab, uplink, map);
+        says(&second, "no control socket");
+        assert!(!has_said(&second, "did not stop in order"), "{:?}", second.stderr());
+        second.signal(Signal::SIGKILL);
+        eventually("it is dead", || second.ended());
+        let third = start(lab, uplink, map);
+        says(&third, "did not stop in order");
+        drop(third);
+        // The port, and the uplink.
+        assert_eq!(
+            given_back(lab, uplink, map),
+            "2 devices given back
+"
+        );
+        assert_eq!(running(), before);
+    }
+    assert_eq!(
+        given_back(&lab, "up2", "101=found0"),
+        "0 devices given back
+"
+    );
+    assert_eq!(running(), before);
+    stopped(first);
+    let left = std::fs::read_dir(folder.path().join("vlanswitchd")).unwrap().count();
+    assert_eq!(left, 0, "files are left");
 }
 
 /// Whatever lies in the store: the start is one without it, and says why.
@@ -399,7 +476,7 @@ fn a_killed_switch_leaves_vms_attached_and_sealed() {
         }
         let heard = stack.map(|stack| std::iter::from_fn(|| stack.try_receive()).count());
         assert_eq!(heard, [0, 0], "the host hears its guests");
-        assert!(place.files().contains(&"control.found".to_owned()));
+        assert!(place.files().contains(&Place::record(&lab)));
         let next = lab.daemon(&arguments);
         println!("--sandbox {sandbox}: forwarding {:?} after the start", next.started_in);
         says(&next, "counters start again");

@@ -3,21 +3,28 @@
 //!
 //! # Theory of operation
 //!
-//! A file beside the control socket (`/run/vlanswitchd/control.found`) says what the
-//! devices were like, from the start on and within a second of each change. Who stops in
-//! order puts them back and removes the file. If it is there at a start, the process before
-//! was killed, or has left everything to a service manager that did not keep it: the
-//! devices are still sealed, so what they are like now is not what to put back one day.
-//! That the file is there also says that counters start again.
+//! A file in the control socket's folder says what the devices were like, from the start on
+//! and within a second of each change. Who stops in order puts them back and removes the
+//! file. If it is there at a start, the process before was killed, or has left everything
+//! to a service manager that did not keep it: the devices are still sealed, so what they are
+//! like now is not what to put back one day. That the file is there also says that counters
+//! start again.
+//!
+//! Several switches may have one folder: by the default path of the control socket, which
+//! only the first of them can bind, and in several network namespaces with one file system.
+//! So a record is that of one uplink in one network namespace, by its name
+//! (`/run/vlanswitchd/eth0-4026531840.found`) and by what stands in it. Only who holds the
+//! claim to that uplink reads or writes it. The claim is a name in the same namespace, and its
+//! process has it until it ends or hands over: nobody else who wrote the record still runs.
 //!
 //! Devices belong to it only as long as their seal is there and the host has not been
 //! started anew: indexes begin again.
 
 use crate::control::host::{FoundPort, FoundUplink};
 use serde::{Deserialize, Serialize};
-use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tempfile::Builder;
 use tracing::warn;
@@ -25,12 +32,36 @@ use tracing::warn;
 /// Tells one start of the host from another (Documentation/admin-guide/sysctl/kernel.rst).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
+/// The network namespace of who looks; its inode is its number (namespaces(7)).
+const NAMESPACE: &str = "/proc/self/ns/net";
+
+/// What a record is of.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Subject {
+    /// The start of the host.
+    #[serde(default)]
+    boot: String,
+    /// The network namespace.
+    #[serde(default)]
+    namespace: u64,
+    /// The uplink's name.
+    #[serde(default)]
+    of: String,
+}
+
+impl Subject {
+    fn of(uplink: &str) -> io::Result<Self> {
+        let boot = fs::read_to_string(BOOT_ID)?.trim().to_owned();
+        let namespace = fs::metadata(NAMESPACE)?.ino();
+        Ok(Self { boot, namespace, of: uplink.to_owned() })
+    }
+}
+
 /// What devices were like.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Found {
-    /// The start of the host this is of.
-    #[serde(default)]
-    boot: String,
+    #[serde(flatten)]
+    subject: Subject,
     /// The process that wrote it.
     #[serde(default)]
     pub pid: u32,
@@ -47,7 +78,7 @@ pub struct Found {
 pub struct Record {
     /// None without a control socket.
     path: Option<PathBuf>,
-    boot: String,
+    subject: Subject,
     /// What was written last.
     written: String,
     /// It cannot be written, which was said.
@@ -55,16 +86,22 @@ pub struct Record {
 }
 
 impl Record {
-    /// The record that goes with a control socket. To be called before files are out of
-    /// reach.
-    pub fn beside(control: Option<&Path>) -> Self {
-        let path = control.map(|control| {
-            let mut path = OsString::from(control);
-            path.push(".found");
-            PathBuf::from(path)
-        });
-        let boot = fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
-        Self { path, boot, ..Self::default() }
+    /// The record of an uplink whose claim this process holds, in the folder of the control
+    /// socket. To be called before files are out of reach.
+    pub fn beside(control: Option<&Path>, uplink: &str) -> Self {
+        let Some(control) = control else { return Self::default() };
+        match Subject::of(uplink) {
+            Ok(subject) => {
+                let name = format!("{uplink}-{}.found", subject.namespace);
+                Self { path: Some(control.with_file_name(name)), subject, ..Self::default() }
+            }
+            Err(error) => {
+                warn!(
+                    "/proc: {error}: what devices are like is not kept for a start after a crash"
+                );
+                Self::default()
+            }
+        }
     }
 
     /// What a process has left that did not stop in order.
@@ -82,7 +119,7 @@ impl Record {
             }
         };
         match serde_json::from_slice::<Found>(&text) {
-            Ok(found) => (found.boot == self.boot).then_some(found),
+            Ok(found) => (found.subject == self.subject).then_some(found),
             Err(error) => {
                 warn!(
                     "{}: {error}: devices stay as the vlanswitchd before left them",
@@ -96,8 +133,8 @@ impl Record {
     /// Writes it, if it is not what was written last: whole or not at all.
     pub fn write(&mut self, uplink: Option<&FoundUplink>, ports: Vec<FoundPort>) {
         let Some(path) = &self.path else { return };
-        let (boot, pid) = (self.boot.clone(), std::process::id());
-        let found = Found { boot, pid, uplink: uplink.cloned(), ports };
+        let (subject, pid) = (self.subject.clone(), std::process::id());
+        let found = Found { subject, pid, uplink: uplink.cloned(), ports };
         let Ok(text) = serde_json::to_string(&found) else { return };
         if text == self.written {
             return;

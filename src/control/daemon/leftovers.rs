@@ -40,7 +40,7 @@ pub fn give_back(config: &Config) -> Result<usize, StartError> {
     privileges::check()?;
     // A service manager may be about to close the store's.
     let _claim = once_free(true, || claim_uplink(&config.uplink))?;
-    let record = Record::beside(config.control.path());
+    let record = Record::beside(config.control.path(), &config.uplink);
     let Some(Found { uplink, ports, .. }) = record.read() else { return Ok(0) };
     let mut host = Host::new()?;
     host.remember(ports, uplink);

@@ -184,7 +184,7 @@ impl Daemon {
         let workers = Workers::start(&planned, &config, &ports, abilities)?;
         let heartbeat = Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now());
         let store = Store::of_environment(config.is_fd_store());
-        let record = Record::beside(config.control.path());
+        let record = Record::beside(config.control.path(), &config.uplink);
         let mut daemon = Self {
             name: config.uplink.clone(),
             config,
