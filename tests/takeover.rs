@@ -302,6 +302,30 @@ fn who_cannot_go_on_leaves_the_other_in_peace() {
     old.stop();
 }
 
+/// One that fails with the sockets of the other already in its hands leaves their files.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn who_fails_after_it_has_the_sockets_leaves_their_files() {
+    let lab = Lab::new();
+    let place = Place::new();
+    let old = place.start(&lab, &["--map", "101=t0"]);
+    let control = place.control().display().to_string();
+    let blocked = place.folder.path().join("blocked");
+    std::fs::write(&blocked, "mine").unwrap();
+    let metrics = format!("unix:{}", blocked.display());
+    let arguments = ["--takeover", "--uplink", "up0", "--control", &control, "--map", "101=t0"];
+    for _ in 0..2 {
+        let failed = lab.failing_daemon(&[&arguments[..], &["--metrics", &metrics]].concat());
+        assert!(failed.stderr.contains("a file that is no socket is there"), "{}", failed.stderr);
+        assert!(place.control().exists() && place.folder.path().join("metrics").exists());
+    }
+    let new = place.start(&lab, &["--takeover", "--map", "101=t0"]);
+    ended(old);
+    place.client().call(&Request::ListPorts {}).unwrap();
+    new.stop();
+    assert!(!place.control().exists() && !place.folder.path().join("metrics").exists());
+}
+
 /// A process of another version that cannot hand over is told to end.
 #[test]
 #[ignore = "needs root: makes network namespaces"]

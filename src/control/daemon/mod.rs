@@ -219,7 +219,10 @@ impl Daemon {
             record,
         };
         match take {
-            Some(take) => daemon.go_on(take, descriptors)?,
+            Some(take) => {
+                daemon.go_on(take, descriptors)?;
+                daemon.server.take_files();
+            }
             None => daemon.learn_from_record(),
         }
         legacy.remove();

@@ -343,7 +343,14 @@ impl Server {
     /// Leaves the sockets' files when they are closed: another process has them.
     pub fn leave_files(&mut self) {
         for door in &mut self.doors {
-            door.listener.leave_file();
+            door.listener.own_file(false);
+        }
+    }
+
+    /// Removes the sockets' files when they are closed: who had them before has ended.
+    pub fn take_files(&mut self) {
+        for door in &mut self.doors {
+            door.listener.own_file(true);
         }
     }
 

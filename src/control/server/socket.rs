@@ -58,8 +58,10 @@ pub enum SocketError {
 pub struct Listener {
     socket: Socket,
     protocol: Protocol,
-    /// The socket's file and its inode, to be removed with it.
+    /// The socket's file and its inode.
     file: Option<(PathBuf, u64)>,
+    /// The file is to be removed with it.
+    owned: bool,
 }
 
 #[derive(Debug)]
@@ -105,7 +107,7 @@ pub fn bind_metrics_tcp(
         None => TcpListener::bind(address).map_err(unusable)?,
     };
     socket.set_nonblocking(true).map_err(unusable)?;
-    Ok(Listener { socket: Socket::Tcp(socket), protocol: Protocol::Http, file: None })
+    Ok(Listener { socket: Socket::Tcp(socket), protocol: Protocol::Http, file: None, owned: false })
 }
 
 fn bind_unix(
@@ -123,14 +125,15 @@ fn bind_unix(
     let inherited = inherited.remove(&place(option, &path.display()));
     // Without its file, which systemd removes with the folder of a service that stops, nobody
     // finds it any more.
-    let socket = match inherited.filter(|_| path.exists()) {
-        Some(socket) => UnixListener::from(socket),
-        None => bind_anew(option, path, mode)?,
+    let (socket, owned) = match inherited.filter(|_| path.exists()) {
+        // The other process's file until it has ended: it may go on.
+        Some(socket) => (UnixListener::from(socket), false),
+        None => (bind_anew(option, path, mode)?, true),
     };
     let metadata = fs::metadata(path).map_err(unusable)?;
     let protocol = protocol(Gid::from_raw(metadata.gid()).as_raw());
     let file = Some((path.to_owned(), metadata.ino()));
-    Ok(Listener { socket: Socket::Unix(socket), protocol, file })
+    Ok(Listener { socket: Socket::Unix(socket), protocol, file, owned })
 }
 
 /// The name of a listening socket between two processes.
@@ -201,9 +204,9 @@ impl Listener {
         place(option, self)
     }
 
-    /// Leaves its file where it is when it is closed: another process has it.
-    pub fn leave_file(&mut self) {
-        self.file = None;
+    /// Says whether its file goes with it when it is closed, or is another process's.
+    pub fn own_file(&mut self, owned: bool) {
+        self.owned = owned;
     }
 
     /// The next connection; `None` if nobody waits.
@@ -278,6 +281,7 @@ impl fmt::Display for Listener {
 impl std::ops::Drop for Listener {
     fn drop(&mut self) {
         if let Some((path, inode)) = &self.file
+            && self.owned
             && fs::symlink_metadata(path).is_ok_and(|metadata| metadata.ino() == *inode)
         {
             let _ = fs::remove_file(path);
