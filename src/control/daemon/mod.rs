@@ -259,6 +259,7 @@ impl Daemon {
         privileges::confine(&self.config).map_err(|error| {
             self.stop();
             self.remove_created(0);
+            self.record.remove();
             StartError::from(error)
         })
     }
