@@ -15,10 +15,11 @@ pub fn binary() -> String {
     std::env::var("VLANSWITCHD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_vlanswitchd").to_owned())
 }
 
-/// The same tests with several workers: `VLANSWITCHD_WORKERS=2`.
+/// One worker, whatever the machine has, unless the test says otherwise or all are to run
+/// with several: `VLANSWITCHD_WORKERS=2`.
 pub fn add_workers(command: &mut Command, arguments: &[&str]) {
-    let workers = std::env::var("VLANSWITCHD_WORKERS").ok();
-    if let Some(workers) = workers.filter(|_| !arguments.contains(&"--workers")) {
+    if !arguments.contains(&"--workers") {
+        let workers = std::env::var("VLANSWITCHD_WORKERS").unwrap_or_else(|_| "1".to_owned());
         command.args(["--workers", &workers]);
     }
 }
