@@ -20,9 +20,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 use tempfile::TempDir;
-use vlanswitchd::control::api::{Port, PortReply, PortsReply, Request};
+use vlanswitchd::control::api::{Port, PortReply, PortsReply, Request, StatsReply};
 use vlanswitchd::control::client::{AnswerError, Client, ClientError};
 
 const C101: TagBytes = tag(0x8100, 101);
@@ -675,6 +675,13 @@ fn ctl(switch: &Switch) -> Command {
     command
 }
 
+/// How far the switch's clock is off, in milliseconds.
+fn clock_error(switch: &Switch) -> u64 {
+    let reply = switch.client().call(&Request::GetStats { interval: None }).unwrap();
+    let now = UNIX_EPOCH.elapsed().unwrap().as_millis() as u64;
+    reply.read::<StatsReply>().unwrap().stats.time.abs_diff(now)
+}
+
 /// The time of day is no measure of anything: a switch whose clock jumps by years
 /// forwards, polices, counts and captures as ever.
 #[test]
@@ -687,6 +694,10 @@ fn the_clock_jumps() {
     let switch = Switch::start(&lab, &["env", &preload], &arguments);
     let guests = ["t0", "t1"].map(|tap| lab.raw_guest(tap));
     switch.daemon.attached(&["t0", "t1"]);
+    // Ten years off, one way or the other.
+    let decade = 315_360_000_000;
+    let error = clock_error(&switch);
+    assert!(error.abs_diff(decade) < 60_000, "the clock has not jumped: {error} ms");
     let started = |switch: &Switch| {
         let reply = switch.client().call(&Request::GetStatus {}).unwrap();
         reply.read::<vlanswitchd::control::api::StatusReply>().unwrap().status.captures
