@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{PortsReply, Request, StatusReply};
 use vlanswitchd::control::client::Client;
-use vlanswitchd::sys::bpf::{Direction, is_attached_tc};
+use vlanswitchd::sys::bpf::{Direction, detach_tc, is_attached_tc};
 
 const VLAN: TagBytes = tag(0x8100, 101);
 const OTHER: TagBytes = tag(0x8100, 102);
@@ -402,6 +402,50 @@ fn a_device_that_is_another_now_costs_the_others_nothing() {
     wire.send(&Frame::numbered(3).tags(&[tag(0x8100, 102)]));
     assert_eq!(second.receive_until(3).len(), 1);
     assert_eq!(daemon.summary().port("t0").to_guest.out_frames, 2);
+}
+
+/// Between two runs one port's device gets another name, and one loses its seal.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn names_and_seals_are_looked_at_before_a_port_goes_on() {
+    let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
+    let control = place.control();
+    for found in ["found0", "found1"] {
+        lab.host.ip(&format!("tuntap add {found} mode tap"));
+    }
+    let before = lab.host.link("found1").unwrap()["mtu"].clone();
+    let arguments =
+        place.arguments(&control, &["--map", "101=t0", "--map", "102=found1", "--map", "103=t2"]);
+    let daemon = manager.start(&lab, &arguments);
+    let guest = lab.raw_guest("t0");
+    daemon.attached(&["t0"]);
+    forwards(&lab, &guest, 1);
+    let sealed = |tap| {
+        let index = lab.host.index(tap);
+        lab.host.enter(|| is_attached_tc("vlansw_seal", index, Direction::Ingress)).unwrap()
+    };
+    stopped(daemon);
+    let index = lab.host.index("t2");
+    let unseal = || detach_tc("vlansw_seal", index, Direction::Ingress).unwrap();
+    assert!(lab.host.enter(unseal) && !sealed("t2"));
+    // Another device has the name now.
+    lab.host.ip("link set found1 down");
+    lab.host.ip("link set found1 name other1");
+    lab.host.ip("link set found0 name found1");
+    let wire = lab.wire();
+    wire.send(&Frame::numbered(2).tags(&[VLAN]));
+    let daemon = manager.start(&lab, &arguments);
+    assert_eq!(guest.receive_until(2).len(), 1, "it has waited in the ring");
+    says(&daemon, "found1: it is called other1 now: starting without its ring");
+    says(&daemon, "t2: something was taken from its tc hooks while no vlanswitchd ran");
+    let (moved, reached) = (lab.raw_guest("found1"), lab.raw_guest("t2"));
+    daemon.attached(&["t0", "found1", "t2"]);
+    assert!(sealed("t2") && sealed("found1") && !sealed("other1"));
+    assert_eq!(lab.host.link("other1").unwrap()["mtu"], before);
+    for (guest, vid) in [(&moved, 102), (&reached, 103)] {
+        wire.send(&Frame::numbered(3).tags(&[tag(0x8100, vid)]));
+        assert_eq!(guest.receive_until(3).len(), 1);
+    }
 }
 
 /// Without room in the store, or without one, a stop is a stop.

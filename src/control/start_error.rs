@@ -99,6 +99,14 @@ pub enum StartError {
         /// The step and the kernel's answer.
         source: PacketError,
     },
+    /// A device that is to be taken over has another name.
+    #[error("{name}: it is called {now} now")]
+    Renamed {
+        /// Its name before.
+        name: String,
+        /// Its name now.
+        now: String,
+    },
     /// No thread or descriptors.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -126,6 +134,14 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// What the device is called now, if that is what is wrong.
+    pub fn new_name(&self) -> Option<&str> {
+        match self {
+            Self::Renamed { now, .. } => Some(now),
+            _ => None,
+        }
+    }
+
     /// Whether the configuration is at fault: exit status 2.
     pub fn is_configuration(&self) -> bool {
         matches!(

@@ -3,12 +3,15 @@
 use super::Daemon;
 use super::devices::publish;
 use crate::control::api::EventKind;
+use crate::control::host::is_sealed;
 use crate::control::links::{LinkEvent, LinkState, QDISC_REMOVED};
 use crate::control::mapping::DeviceKind;
 use crate::control::start_error::StartError;
 use crate::port::DeviceState;
 use tracing::warn;
 
+/// What took away a seal while nobody watched it.
+const UNWATCHED: &str = "something was taken from its tc hooks while no vlanswitchd ran";
 /// Tries to read netlink's news before waiting for the next.
 const READ_ATTEMPTS: usize = 3;
 
@@ -204,6 +207,22 @@ impl Daemon {
         let sending = port.is_some_and(|(_, port)| port.shared.link.is_up());
         if self.host.settle_seal(index, sending) {
             self.uncleared.push(index);
+        }
+    }
+
+    /// Seals ports again that were taken over and are no longer sealed: nobody has watched
+    /// them meanwhile.
+    pub(super) fn look_at_seals(&mut self) {
+        let ports = self.ports.iter().map(|(_, port)| (port.index(), port.config.device.clone()));
+        let ports: Vec<(Option<u32>, String)> = ports.collect();
+        for (index, name) in ports {
+            // What the kernel does not tell is as a start finds it.
+            if let Some(index) = index
+                && !is_sealed(index).unwrap_or(true)
+                && let Some(text) = self.host.keep_sealed(&name, index, UNWATCHED)
+            {
+                self.tell(EventKind::Seal, Some(&name), text);
+            }
         }
     }
 

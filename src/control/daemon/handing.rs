@@ -209,20 +209,20 @@ impl Daemon {
             let sockets = (0..self.workers.len()).map(|_| descriptors.pop_front());
             let sockets = sockets.collect::<Option<Vec<_>>>().ok_or_else(missing)?;
             let index = index.ok_or_else(missing)?;
-            match NetdevPort::adopt_uplink(index, sockets, slots) {
+            let parts = NetdevPort::adopt_uplink(index, sockets, slots)
+                .map_err(|source| StartError::TakenOver { name: self.name.clone(), source });
+            match parts.and_then(|parts| self.named(index, &self.name, parts)) {
                 Ok(parts) => {
                     let (counters, devices) = counted(parts)?;
                     self.uplink.slots = slots;
                     self.uplink.attached = Some((index, counters, found));
                     adopted.uplink = devices;
                 }
-                Err(source) => {
-                    let error = StartError::TakenOver { name: self.name.clone(), source };
-                    if strict {
-                        return Err(error);
-                    }
+                Err(error) if strict => return Err(error),
+                Err(error) => {
                     warn!("{error}: starting without its rings");
-                    self.host.remember(Vec::new(), Some(found));
+                    let now = error.new_name();
+                    self.host.remember(Vec::new(), Some(found.renamed(now)));
                 }
             }
         }
@@ -233,7 +233,9 @@ impl Daemon {
             let name = name.unwrap_or_default();
             let found = port.found.take();
             let device = match index {
-                Some(index) => adopt(&name, index, socket, slots).map(|device| (device, None)),
+                Some(index) => adopt(&name, index, socket, slots)
+                    .and_then(|device| self.named(index, &name, device))
+                    .map(|device| (device, None)),
                 None => socket
                     .try_clone()
                     .map(|queue| (Device::Internal(InternalPort::new(socket)), Some(queue)))
@@ -255,6 +257,16 @@ impl Daemon {
             adopted.ports.push(Opened::adopted(position, link, device)?);
         }
         Ok(adopted)
+    }
+
+    /// The device, if it still has this name: else it is no port or uplink any more.
+    fn named<T>(&self, index: u32, name: &str, device: T) -> Result<T, StartError> {
+        match self.monitor.links().by_index(index) {
+            Some(link) if link.name != name => {
+                Err(StartError::Renamed { name: name.to_owned(), now: link.name.clone() })
+            }
+            _ => Ok(device),
+        }
     }
 
     /// Takes over: makes the other process's devices ours and goes on from where it

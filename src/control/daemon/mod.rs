@@ -222,6 +222,7 @@ impl Daemon {
             Some(take) => {
                 daemon.go_on(take, descriptors)?;
                 daemon.server.take_files();
+                daemon.look_at_seals();
             }
             None => daemon.learn_from_record(),
         }
