@@ -20,6 +20,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use vlanswitchd::control::api::Severity;
 use vlanswitchd::control::cli::{Arguments, Config};
 use vlanswitchd::control::doctor;
 use vlanswitchd::sys::bpf::{Direction, detach_tc};
@@ -246,6 +247,15 @@ fn without_a_daemon_it_says_what_it_can() {
         found.iter().any(|finding| finding.what.contains("not an Ethernet device")),
         "{found:?}"
     );
+
+    // Its own CPUs are not those of a service.
+    let words = ["vlanswitchd", "--uplink", "lo", "--map", "101=tap-none", "--cpus", "1023"];
+    let config = Config::try_from(Arguments::try_parse_from(words).unwrap()).unwrap();
+    let found = doctor::without_daemon(socket, Ok(&config));
+    let cpu: Vec<_> = found.iter().filter(|finding| finding.what.contains("CPU 1023")).collect();
+    assert_eq!(cpu.len(), 1, "{found:?}");
+    assert_eq!(cpu[0].severity, Severity::Warning);
+    assert!(cpu[0].cure.as_ref().unwrap().contains("seen from this process"), "{found:?}");
 }
 
 /// Looking at many devices takes the kernel a while; calls beside it do not wait for

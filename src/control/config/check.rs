@@ -2,22 +2,23 @@
 //! changing anything.
 
 use super::Config;
+use crate::control::affinity;
 use crate::control::checks;
 use crate::control::links::LinkMonitor;
 use crate::control::start_error::StartError;
 use tracing::warn;
 
-/// Looks at the devices as a start would. One that is not there is only warned
+/// Looks at devices and CPUs as a start would; the CPUs are those this process may use. One that is not there is only warned
 /// about: a configuration may be written before the hardware is in, or elsewhere.
 /// Returns the line that says all is well.
 ///
 /// # Errors
-/// A [`StartError`] for each device that is there and cannot be used, and for names
-/// that cannot be created.
+/// A [`StartError`] for each device that is there and cannot be used, for names that
+/// cannot be created, and for a CPU that cannot be used.
 pub fn host(config: &Config) -> Result<String, Vec<StartError>> {
     let monitor = LinkMonitor::new().map_err(|error| vec![error.into()])?;
     let links = monitor.links();
-    let mut errors = Vec::new();
+    let mut errors: Vec<StartError> = affinity::plan(config).err().into_iter().collect();
     match checks::uplink(config, links) {
         Err(error @ StartError::NoUplink(_)) => warn!("{error}"),
         Err(error) => errors.push(error),

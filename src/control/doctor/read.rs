@@ -10,6 +10,7 @@ use crate::control::host;
 use crate::control::links::{LinkDetails, LinkSocket, LinkState};
 use crate::control::mapping::PortConfig;
 use crate::control::privileges;
+use crate::control::start_error::StartError;
 use crate::sys::ethtool::{FeatureState, Features};
 use crate::sys::tap::{self, TapSettings};
 use std::collections::BTreeMap;
@@ -113,14 +114,24 @@ pub fn before_start(config: &Config) -> Vec<Finding> {
         ));
     }
     let error = |text: String| finding(Severity::Error, "configuration", text, None);
-    let limits = affinity::plan(config)
-        .and_then(|plan| checks::file_limit(config.ports.len(), plan.workers.len()));
-    if let Err(limit) = limits {
+    // A CPU that cannot be used is among what the check finds.
+    if let Ok(plan) = affinity::plan(config)
+        && let Err(limit) = checks::file_limit(config.ports.len(), plan.workers.len())
+    {
         found.push(error(limit.to_string()));
     }
     match check::host(config) {
         Ok(line) => found.push(finding(Severity::Note, "configuration", line, None)),
-        Err(errors) => found.extend(errors.into_iter().map(|each| error(each.to_string()))),
+        Err(errors) => found.extend(errors.into_iter().map(|each| match each {
+            // This process's CPUs were looked at: the daemon's are not known.
+            StartError::Cpu { .. } => finding(
+                Severity::Warning,
+                "configuration",
+                each.to_string(),
+                Some("seen from this process: a service may have other CPUs".to_owned()),
+            ),
+            each => error(each.to_string()),
+        })),
     }
     found
 }
