@@ -189,6 +189,16 @@ struct Interface {
     missed: u64,
 }
 
+impl Interface {
+    /// Frames missed since the last record, when a record says how many there were in all.
+    fn newly_missed(&mut self, in_all: u64) -> u64 {
+        // Less than before: the record of another worker, made earlier.
+        let missed = in_all.saturating_sub(self.missed);
+        self.missed += missed;
+        missed
+    }
+}
+
 fn run<W: Write + AsFd>(
     source: &Source,
     names: Names,
@@ -306,8 +316,7 @@ impl<'o, W: Write + AsFd> File<'o, W> {
         if keep == 0 {
             return Ok(());
         }
-        let missed = record.missed.saturating_sub(interface.missed);
-        interface.missed = record.missed;
+        let missed = interface.newly_missed(record.missed);
         interface.written += 1;
         let id = interface.id;
         tally.written += 1;
@@ -346,5 +355,18 @@ impl<'o, W: Write + AsFd> File<'o, W> {
             interface.id = self.describe(*at)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With several workers records come in the order of the workers' chunks.
+    #[test]
+    fn each_missed_frame_is_told_once() {
+        let mut interface = Interface::default();
+        let told = [3, 5, 4, 6].map(|in_all| interface.newly_missed(in_all));
+        assert_eq!(told, [3, 2, 0, 1]);
     }
 }
