@@ -17,6 +17,7 @@ use super::filter::{TPIDS, VIDS};
 use super::map::ArrayMap;
 use super::skb;
 use super::syscall::{BpfError, ProgramKind, load};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The entry of frames without a tag, behind those of all tags.
@@ -52,10 +53,15 @@ impl Steering {
     /// # Errors
     /// `tpid_index` above 3 or `vid` above 4095.
     pub fn set(&self, tpid_index: usize, vid: u16, worker: u32) -> Result<(), BpfError> {
-        // An index out of range stays out of it, so that the map refuses it.
-        let tpid = u32::try_from(tpid_index).unwrap_or(u32::MAX >> VIDS.trailing_zeros());
-        let vid = if u32::from(vid) < VIDS { u32::from(vid) } else { UNTAGGED + 1 };
-        self.workers.update(tpid * VIDS + vid, worker)
+        let vid = u32::from(vid);
+        if tpid_index >= TPIDS.len() || vid >= VIDS {
+            // It would be another tag's entry, or none.
+            return Err(BpfError::System {
+                action: format!("steer TPID number {tpid_index}, VID {vid}"),
+                source: io::Error::from_raw_os_error(libc::EINVAL),
+            });
+        }
+        self.workers.update(tpid_index as u32 * VIDS + vid, worker)
     }
 
     /// Sends frames without a tag to this worker from the next frame on.
@@ -101,4 +107,21 @@ fn steering_program(workers: BorrowedFd<'_>) -> Result<Vec<Instruction>, Assembl
     program.load(Width::Word, R0, R0, 0).exit();
     program.place(first).mov(R0, 0).exit();
     program.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+    use super::*;
+
+    #[test]
+    #[ignore = "needs root: loads a BPF program"]
+    fn a_tag_that_cannot_be_has_no_entry() {
+        let steering = Steering::new().unwrap();
+        steering.set(3, 4095, 1).unwrap();
+        for (tpid, vid) in [(4, 0), (0, 4096), (3, u16::MAX), (usize::MAX, 0)] {
+            let error = steering.set(tpid, vid, 1).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{tpid} {vid}: {error}");
+        }
+    }
 }
