@@ -281,6 +281,10 @@ fn who_cannot_go_on_leaves_the_other_in_peace() {
     let wanted = Request::HandOver { format: 99, uplink: "up0".to_owned() };
     let refusal = place.client().call(&wanted).unwrap_err().to_string();
     assert!(refusal.contains("OtherFormat"), "{refusal}");
+    // It is ended by who hears that: not if it has the wrong one.
+    let wanted = Request::HandOver { format: 99, uplink: "up1".to_owned() };
+    let refusal = place.client().call(&wanted).unwrap_err().to_string();
+    assert!(refusal.contains("serves uplink up0"), "{refusal}");
     // One that is killed in the middle: it has asked and does not answer.
     {
         use std::io::Write;
@@ -299,6 +303,23 @@ fn who_cannot_go_on_leaves_the_other_in_peace() {
         let stats = stats.read::<StatsReply>().unwrap().stats;
         (stats.ports[0].to_guest.out_frames == 1).then_some(())
     });
+    old.stop();
+}
+
+/// What several workers have cannot go to everybody: who names the wrong uplink is refused
+/// before that counts.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn the_wrong_uplink_leaves_a_switch_with_several_workers_in_peace() {
+    let lab = Lab::new();
+    let place = Place::new();
+    let mut old = place.start(&lab, &["--workers", "2", "--map", "101=t0", "--map", "102=t1"]);
+    let control = place.control().display().to_string();
+    lab.host.ip("link add up1 type veth peer name far1");
+    let arguments = ["--takeover", "--uplink", "up1", "--control", &control, "--map", "101=t0"];
+    let refused = lab.failing_daemon(&arguments);
+    assert!(refused.stderr.contains("serves uplink up0"), "{}", refused.stderr);
+    assert!(old.ended().is_none() && place.control().exists());
     old.stop();
 }
 
