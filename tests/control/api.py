@@ -111,6 +111,8 @@ def methods(address, file):
     changes = [{"key": "vlan", "value": "103"}, {"key": "pcp", "value": "5"}]
     port = api("SetPort", name="tap-a2", changes=changes)["port"]
     assert (port["vlans"], port["options"]["pcp"]) == ("103", "5"), port
+    # There is one worker: it stays with it.
+    assert api("MovePort", name="tap-a2", worker=0)["port"]["name"] == "tap-a2"
     toml = api("GetConfig")["toml"]
     assert 'device = "tap-a2"' in toml and "103" in toml, toml
     assert len(api("GetStats")["stats"]["ports"]) == 2
@@ -132,6 +134,8 @@ def methods(address, file):
     ours, service = "org.vlanswitchd.", "org.varlink.service."
     for method in ("GetPort", "RemovePort"):
         refused(lambda: api(method, name="nobody"), ours + "NoSuchPort", name="nobody")
+    refused(lambda: api("MovePort", name="nobody", worker=0), ours + "NoSuchPort", name="nobody")
+    refused(lambda: api("MovePort", name="tap-a1", worker=1), ours + "Refused", message="no worker 1")
     refused(lambda: api("SetPort", name="nobody", changes=[]), ours + "NoSuchPort", name="nobody")
     refused(lambda: api("AddPort", map="5000=t"), ours + "Refused", message="5000")
     refused(lambda: api("AddPort", map="101=tap-a9"), ours + "Refused", message="101")
