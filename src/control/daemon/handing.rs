@@ -359,7 +359,8 @@ impl Inheritance {
     /// # Errors
     /// [`StartError`]; the other process goes on.
     pub fn ask(config: Config, legacy: &mut Legacy) -> Result<Self, StartError> {
-        let mut closing = false;
+        // A manager that keeps a store may be about to close what it has just dropped.
+        let closing = Store::of_environment(config.is_fd_store()).is_some();
         if !legacy.is_empty() {
             let left = legacy.open(&config.uplink).and_then(|take| Self::of(&config, take));
             match left {
@@ -371,7 +372,6 @@ impl Inheritance {
                          and counters start again"
                     );
                     legacy.discard();
-                    closing = true;
                 }
             }
         }
