@@ -67,7 +67,7 @@ impl Chains {
 }
 
 /// Walks the positions of one port.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Positions<'c> {
     links: &'c [(u8, Handling); BURST],
     range: Option<(u8, u8)>,

@@ -3,13 +3,14 @@
 //! All ports' frames wait in the uplink's one ring. If it fills up, the kernel drops
 //! whatever comes next, of the port that floods it and of those that hardly get a frame.
 //! So once a part of it is full, what belongs to the port that most of all frames are for
-//! is dropped instead of sent, which is many times faster, until the ring is emptier again:
+//! is dropped instead of sent, which takes no system call, until the ring is emptier again:
 //! the longest queue pays, as if each port had one of its own. A port that has the wire to
 //! itself keeps the whole ring, and where none has most, nobody is held back.
 //!
 //! Who has most is found by a vote over many bursts (Boyer and Moore, "MJRTY", 1991): each
 //! frame of the candidate's votes for it, any other against. One burst would not do, as
-//! polite ports' frames come in runs, too.
+//! polite ports' frames come in runs, too. The votes are of one backlog: with less than a
+//! burst waiting there is nothing to vote about, and nothing it costs.
 
 use super::chains::Chains;
 use crate::switch::PortIndex;
@@ -36,6 +37,10 @@ impl Crowd {
     /// thousandths.
     #[inline]
     pub fn too_much(&mut self, chains: &Chains, fill: u32) -> Option<PortIndex> {
+        if fill == 0 {
+            (self.votes, self.others) = (0, 0);
+            return None;
+        }
         self.others = if chains.len() > 1 { MEMORY } else { self.others.saturating_sub(1) };
         for (port, positions) in chains.iter() {
             let frames = positions.count();
@@ -59,7 +64,6 @@ mod tests {
     use super::*;
     use crate::dataplane::{Abilities, PollMode, PortShared, UplinkShared, Worker};
     use crate::frame::{Pcp, Tag, Tci, Tpid, Vid, VnetHeader};
-
     use crate::port::{Arrival, Device, DeviceState, FaultyPort};
     use crate::switch::{DropReason, Membership, Priority, Table, Vlans};
     use std::sync::Arc;
@@ -90,6 +94,11 @@ mod tests {
         }
         crowd.too_much(&alone(), FULL);
         assert_eq!(crowd.too_much(&alone(), 1000), None, "the others have gone");
+        for _ in 0..100 {
+            crowd.too_much(&flood(4), FULL);
+        }
+        assert_eq!(crowd.too_much(&flood(4), 0), None);
+        assert_eq!(crowd.too_much(&flood(4), 1000), None, "a backlog of its own, voted on anew");
     }
 
     #[test]

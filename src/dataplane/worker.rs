@@ -229,7 +229,7 @@ impl Worker {
         while let Some(port) = self.hot.get(position).copied() {
             // What comes for all guests has a turn for each that sends, if it needs it.
             if position > 0 && self.uplink.as_deref().is_some_and(Device::has_burst) {
-                self.serve_uplink::<WATCHED>(now);
+                moved |= self.serve_uplink::<WATCHED>(now);
             }
             let busy = self.serve_guest::<WATCHED>(port, now);
             moved |= busy;

@@ -94,7 +94,8 @@ impl Device {
         }
     }
 
-    /// Takes a burst of frames, of a netdev this many at most. Returns how many the kernel announced and could
+    /// Takes a burst of frames, this many at most from a netdev; the others take what they
+    /// take. Returns how many the kernel announced and could
     /// not deliver whole.
     #[inline]
     pub fn receive<'a>(

@@ -58,11 +58,6 @@ impl UplinkFilter {
         Ok(Self { claims, seen, sources, program })
     }
 
-    /// The program, for sockets that attach it in their own way (a fanout group).
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.program.as_fd()
-    }
-
     /// Attaches the filter to an AF_PACKET socket, in place of any filter there.
     ///
     /// # Errors
