@@ -179,7 +179,7 @@ fn the_verifier_takes_every_program() {
     for (number, (kind, program)) in all.into_iter().enumerate() {
         load(kind, &format!("program{number}"), &program.unwrap()).unwrap();
     }
-    UplinkFilter::new().unwrap();
+    UplinkFilter::new(None).unwrap();
 }
 
 #[test]
@@ -474,7 +474,7 @@ fn a_program_moves_from_clsact_to_tcx() {
 fn the_uplink_filter_takes_what_is_claimed() {
     private(|| {
         let wire = End::tap("t0");
-        let filter = UplinkFilter::new().unwrap();
+        let filter = UplinkFilter::new(None).unwrap();
         let ring = End::socket("t0", SockProtocol::EthAll);
         filter.attach(ring.0.as_fd()).unwrap();
         let mut tags: Vec<Option<(usize, u16)>> = vec![None];

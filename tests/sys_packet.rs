@@ -97,7 +97,7 @@ fn a_group_of_rings_is_steered_by_who_has_its_sockets() {
         let wire = tap::open_queue(&options).unwrap().fd;
         let index = if_nametoindex("wire").unwrap();
         LinkSocket::new().unwrap().set_up(index).unwrap();
-        let filter = UplinkFilter::new().unwrap();
+        let filter = UplinkFilter::new(None).unwrap();
         filter.claim(0, 101, true).unwrap();
         let send = |vid| nix::unistd::write(&wire, &frame(vid)).unwrap();
 

@@ -84,9 +84,12 @@ pub struct Port {
     /// MTU in bytes, while the device is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u32>,
-    /// What moves its frames.
+    /// What moves its frames: `kernel` or `packet`.
     pub datapath: String,
-    /// The number of its worker.
+    /// Why the packet path does, where there is a kernel path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datapath_reason: Option<String>,
+    /// The number of its worker, on the packet path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker: Option<u32>,
     /// The highest fill of its receive ring over the last second, 0 to 1.
@@ -172,8 +175,11 @@ pub struct Status {
     pub uplink: String,
     /// State of the uplink.
     pub uplink_state: String,
-    /// What moves frames.
+    /// What moves frames: `kernel`, `packet`, or both.
     pub datapath: String,
+    /// Why there is no kernel path, if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datapath_reason: Option<String>,
     /// How many ports there are, by state.
     pub ports: BTreeMap<String, u64>,
     /// The workers.

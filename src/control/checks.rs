@@ -1,11 +1,13 @@
 //! Looking at the host's devices before anything is changed.
 
 use crate::control::cli::Config;
+use crate::control::config::Datapath;
 use crate::control::doctor;
 use crate::control::links::Links;
 use crate::control::mapping::{DeviceKind, Origin, PortConfig, TapConfig, is_reserved};
 use crate::control::mtu;
 use crate::control::start_error::StartError;
+use crate::dataplane::kernel;
 use crate::sys::tap;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
@@ -19,7 +21,32 @@ const USUAL_GUEST_MTU: u32 = 1500;
 /// [`StartError`] for the first device that cannot be used.
 pub fn devices(config: &Config, links: &Links) -> Result<(), StartError> {
     uplink(config, links)?;
+    programs(config)?;
     config.ports.iter().try_for_each(|config| port(config, links))
+}
+
+/// Refuses ports that need the packet path where there is to be none.
+///
+/// # Errors
+/// [`StartError::NotForPrograms`].
+pub fn programs(config: &Config) -> Result<(), StartError> {
+    if config.datapath != Datapath::Kernel {
+        return Ok(());
+    }
+    let unable = config.ports.iter().filter_map(|port| {
+        let why = kernel_inability(port)?;
+        Some(format!("{}: {why}", named(port)))
+    });
+    let unable: Vec<String> = unable.collect();
+    if unable.is_empty() { Ok(()) } else { Err(StartError::NotForPrograms(unable)) }
+}
+
+/// Why programs in the kernel cannot serve a port.
+pub fn kernel_inability(config: &PortConfig) -> Option<&'static str> {
+    if config.kind == DeviceKind::Internal {
+        return Some("an internal port is this process's own");
+    }
+    kernel::inability(&config.membership, &config.police)
 }
 
 /// Refuses a device that cannot be the uplink.

@@ -10,6 +10,10 @@
 //! later it is attached the lasting way at once (docs/adr/0002-seal-by-clsact.md).
 //! If somebody takes it away, it is put back.
 //!
+//! On a port of the kernel path the program in the seal's place sends a guest's frames to the
+//! uplink, and drops all others; it has the seal's name, so that all that is said here of
+//! the seal is true of it too.
+//!
 //! What vlanswitchd created stays as it is when it stops, sealed: a VM may be
 //! attached to it. Devices it found are given back as they were. Created taps carry
 //! an alias by which a later run knows them.
@@ -27,7 +31,8 @@ use crate::sys::bpf::{
 };
 use crate::sys::ethtool::{self, EthtoolError, Features};
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::{debug, warn};
@@ -38,8 +43,9 @@ pub const OUR_ALIAS: &str = "vlanswitchd";
 const TAP_KIND: &str = "tun";
 /// The largest MTU a tap takes (`tun_net_init`: 65535 less the Ethernet header).
 const TAP_MTU: u32 = 65521;
-/// Name of the program that seals a device.
-const SEAL_NAME: &str = "vlansw_seal";
+/// Name of the program that seals a device, be it that it drops everything or that it sends
+/// a guest's frames to the uplink: by the name a later run knows it.
+pub const SEAL_NAME: &str = "vlansw_seal";
 /// How long a port's queueing is left alone after a change around it: who removed it
 /// may be about to add his own, and would find ours in the way.
 const REQUEUE_DELAY: Duration = Duration::from_secs(5);
@@ -118,6 +124,9 @@ pub struct FoundUplink {
     name: String,
     mtu: Option<u32>,
     features: Vec<String>,
+    /// It was made promiscuous, for the kernel path: not by a socket that ends with us.
+    #[serde(default)]
+    promiscuous: bool,
 }
 
 impl FoundPort {
@@ -139,6 +148,8 @@ impl FoundUplink {
 pub struct Host {
     links: LinkSocket,
     seal: OwnedFd,
+    /// What stands in the seal's place on devices of the kernel path, by index.
+    guards: HashMap<u32, OwnedFd>,
     /// Ports around which something was changed, and when.
     disturbed: Vec<(u32, Instant)>,
     /// What a process before has found, and not put back.
@@ -163,8 +174,73 @@ impl Host {
         Ok(Self {
             links: LinkSocket::new()?,
             seal,
+            guards: HashMap::new(),
             disturbed: Vec::new(),
             earlier: Earlier::default(),
+        })
+    }
+
+    /// The program that guards a device's ingress.
+    fn guard(&self, index: u32) -> BorrowedFd<'_> {
+        self.guards.get(&index).unwrap_or(&self.seal).as_fd()
+    }
+
+    /// Has a device guarded by this program of the seal's name from the time on when it
+    /// [becomes a port](Host::prepare_port).
+    ///
+    /// # Errors
+    /// [`HostError`] when out of descriptors.
+    pub fn set_guard(&mut self, index: u32, program: OwnedFd) -> Result<(), HostError> {
+        bpf::tcx::remember(program.as_fd())?;
+        if let Some(before) = self.guards.insert(index, program) {
+            bpf::tcx::forget(before.as_fd());
+        }
+        Ok(())
+    }
+
+    /// Has a device that is a port guarded by this program, or by the seal alone, from the
+    /// next frame on.
+    ///
+    /// # Errors
+    /// [`HostError`]: it is guarded as before.
+    pub fn replace_guard(&mut self, index: u32, program: Option<OwnedFd>) -> Result<(), HostError> {
+        let next = program.as_ref().unwrap_or(&self.seal).as_fd();
+        if program.is_some() {
+            bpf::tcx::remember(next)?;
+        }
+        // The one before must still be known: it is found by its name.
+        attach_tc(next, SEAL_NAME, index, Direction::Ingress)?;
+        let before = match program {
+            Some(program) => self.guards.insert(index, program),
+            None => self.guards.remove(&index),
+        };
+        if let Some(before) = before {
+            bpf::tcx::forget(before.as_fd());
+        }
+        Ok(())
+    }
+
+    /// Forgets what guards a device that is no port any more.
+    pub fn drop_guard(&mut self, index: u32) {
+        if let Some(before) = self.guards.remove(&index) {
+            bpf::tcx::forget(before.as_fd());
+        }
+    }
+
+    /// Puts the seal in the place of an earlier run's program on a device that is no port.
+    pub fn seal_again(&mut self, name: &str, index: u32) {
+        if is_sealed(index).unwrap_or(false)
+            && let Err(error) = self.replace_guard(index, None)
+        {
+            warn!("{name}: {error}");
+        }
+    }
+
+    /// How many frames each of these devices has dropped instead of sending them.
+    pub fn dropped(&mut self, indexes: &[u32]) -> HashMap<u32, u64> {
+        self.links.dropped(indexes).unwrap_or_else(|error| {
+            warn!("{error}");
+            HashMap::new()
         })
     }
 
@@ -185,7 +261,7 @@ impl Host {
             Sealing::Quick => attach_tc,
             Sealing::Lasting => attach_beside_qdiscs,
         };
-        attach(self.seal.as_fd(), SEAL_NAME, link.index, Direction::Ingress)?;
+        attach(self.guard(link.index), SEAL_NAME, link.index, Direction::Ingress)?;
         let tap = link.kind.as_deref() == Some(TAP_KIND);
         let ours = created || is_ours(link);
         let mut found = FoundPort {
@@ -302,7 +378,7 @@ impl Host {
     /// the kernel 12-20 ms, hence not part of [`Host::prepare_port`].
     /// Returns whether something is left for [`Host::clear_up`].
     pub fn settle_seal(&mut self, index: u32, sending: bool) -> bool {
-        let seal = self.seal.as_fd();
+        let seal = self.guard(index);
         let moved = if sending {
             move_to_tcx_leaving_qdisc(seal, SEAL_NAME, index, Direction::Ingress)
         } else {
@@ -340,7 +416,7 @@ impl Host {
             }
             // To where the same command does not reach it.
             Ok(false) => {
-                attach_beside_qdiscs(self.seal.as_fd(), SEAL_NAME, index, Direction::Ingress)
+                attach_beside_qdiscs(self.guard(index), SEAL_NAME, index, Direction::Ingress)
             }
             Err(error) => Err(error),
         };
@@ -404,6 +480,7 @@ impl Host {
             tell(self.links.delete_root_qdisc(found.index).map_err(HostError::from));
         }
         tell(restore_ipv6(&found.name, found.ipv6).map_err(HostError::from));
+        self.drop_guard(found.index);
         // Last, so that the host hears nothing while the rest is put back.
         tell(
             detach_tc(SEAL_NAME, found.index, Direction::Ingress)
@@ -417,13 +494,18 @@ impl Host {
         &mut self,
         link: &LinkState,
         mtu: Option<u32>,
+        lasting: bool,
     ) -> Result<FoundUplink, HostError> {
         let mut found = FoundUplink {
             index: link.index,
             name: link.name.clone(),
             mtu: None,
             features: Vec::new(),
+            promiscuous: false,
         };
+        if lasting {
+            found.promiscuous = !self.links.set_promiscuous(link.index, true)?;
+        }
         if let Err(error) = disarm(&mut found) {
             warn!("{error}");
         }
@@ -438,6 +520,7 @@ impl Host {
         {
             // What it had switched off and raised is still so, and not to be found.
             found.features.extend(earlier.features);
+            found.promiscuous |= earlier.promiscuous;
             found.mtu = earlier.mtu.or(found.mtu);
         }
         Ok(found)
@@ -464,11 +547,15 @@ impl Host {
                 warn!("giving {} back: {error}", found.name);
             }
         }
-        if let Some(mtu) = found.mtu
-            && let Err(error) = self.links.set_mtu(found.index, mtu)
-            && !error.is_device_gone()
-        {
-            warn!("giving {} back: {error}", found.name);
+        let mtu = found.mtu.map_or(Ok(()), |mtu| self.links.set_mtu(found.index, mtu));
+        let promiscuous = match found.promiscuous {
+            true => self.links.set_promiscuous(found.index, false).map(drop),
+            false => Ok(()),
+        };
+        for error in [mtu.err(), promiscuous.err()].into_iter().flatten() {
+            if !error.is_device_gone() {
+                warn!("giving {} back: {error}", found.name);
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use crate::control::privileges::{ConfineError, MissingCapabilities};
 use crate::control::server::SocketError;
 use crate::control::takeover::TakeOverError;
 use crate::dataplane::WorkerError;
+use crate::dataplane::kernel::KernelPathError;
 use crate::switch::Conflict;
 use crate::sys::bpf::BpfError;
 use crate::sys::packet::PacketError;
@@ -80,6 +81,12 @@ pub enum StartError {
         /// Why.
         source: TapError,
     },
+    /// The kernel path does not work, and is asked for.
+    #[error("{0}; --datapath auto takes the packet path where the kernel path does not work")]
+    KernelPath(#[from] KernelPathError),
+    /// Ports the kernel path cannot serve, and it is asked for.
+    #[error("--datapath kernel: {}; --datapath auto has the packet path serve it", .0.join("; "))]
+    NotForPrograms(Vec<String>),
     /// BPF does not work.
     #[error(transparent)]
     Bpf(#[from] BpfError),
@@ -151,6 +158,7 @@ impl StartError {
                 | Self::PortNotEthernet(_)
                 | Self::ReservedName(_)
                 | Self::InternalTaken(_)
+                | Self::NotForPrograms(_)
                 | Self::Cpu { .. }
         )
     }

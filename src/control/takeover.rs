@@ -42,6 +42,8 @@
 //!
 //! 1. One worker.
 //! 2. Several: the uplink's descriptors are one for each, in their order.
+//! 3. Some ports are on the kernel path, and found by its pins; an older version would leave
+//!    that in place, and each frame would come twice.
 //!
 //! `tests/formats/` has what each number looks like, as the version wrote it that brought it.
 
@@ -66,7 +68,9 @@ use thiserror::Error;
 use tracing::warn;
 
 /// The newest format of what is handed over; older ones are read too.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
+/// The format for several workers.
+const SEVERAL_WORKERS: u32 = 2;
 /// The format for one worker, the oldest.
 const ONE_WORKER: u32 = 1;
 /// How long each side waits for the other.
@@ -154,6 +158,12 @@ pub struct State {
     /// How many workers it has.
     #[serde(default = "one")]
     pub workers: usize,
+    /// Whether it has a kernel path.
+    #[serde(default)]
+    pub kernel_path: bool,
+    /// What to put back of an uplink without a ring.
+    #[serde(default)]
+    pub found_uplink: Option<FoundUplink>,
 }
 
 fn one() -> usize {
@@ -170,13 +180,18 @@ impl State {
 
     /// The format it is written in.
     pub fn format(&self) -> u32 {
-        format_for(self.workers)
+        format_for(self.workers, self.kernel_path)
     }
 }
 
-/// The oldest format that says what there is to say with so many workers.
-pub fn format_for(workers: usize) -> u32 {
-    if workers > 1 { FORMAT } else { ONE_WORKER }
+/// The oldest format that says what there is to say with so many workers, and with a kernel
+/// path or without.
+pub fn format_for(workers: usize, kernel_path: bool) -> u32 {
+    match (kernel_path, workers) {
+        (true, _) => FORMAT,
+        (false, 2..) => SEVERAL_WORKERS,
+        (false, _) => ONE_WORKER,
+    }
 }
 
 /// What the old process counted, and where it stopped.

@@ -10,6 +10,7 @@ mod chains;
 mod counters;
 mod crowd;
 mod handle;
+pub mod kernel;
 mod pace;
 mod policing;
 mod turns;

@@ -27,6 +27,11 @@ pub enum NetdevOptions<'f> {
         /// Slots in its ring; a multiple of 64.
         slots: usize,
     },
+    /// A port that takes nothing until its filter is replaced.
+    ShutPort {
+        /// Slots in its ring; a multiple of 64.
+        slots: usize,
+    },
 }
 
 /// A network device.
@@ -46,12 +51,8 @@ impl NetdevPort {
         let options = match options {
             NetdevOptions::Uplink(filter) => uplink(Filter::Claimed(filter)),
             NetdevOptions::UplinkPart => uplink(Filter::Nothing),
-            NetdevOptions::Port { slots } => ReceiverOptions {
-                slots,
-                copy_queue: PORT_COPY_QUEUE,
-                promiscuous: false,
-                filter: Filter::All,
-            },
+            NetdevOptions::Port { slots } => port(slots, Filter::All),
+            NetdevOptions::ShutPort { slots } => port(slots, Filter::Nothing),
         };
         Ok(Self { receiver: Receiver::open(index, &options)?, transmitter })
     }
@@ -104,6 +105,10 @@ impl NetdevPort {
         }
         Ok(parts)
     }
+}
+
+fn port(slots: usize, filter: Filter<'_>) -> ReceiverOptions<'_> {
+    ReceiverOptions { slots, copy_queue: PORT_COPY_QUEUE, promiscuous: false, filter }
 }
 
 fn uplink(filter: Filter<'_>) -> ReceiverOptions<'_> {

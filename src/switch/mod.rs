@@ -16,4 +16,4 @@ pub use decide::{GuestVerdict, UplinkVerdict};
 pub use membership::{Membership, MembershipError, Mode, Priority, Vlans};
 pub use police::{MACS_MAX, MacAddress, PoliceRule, Policer, Rate, Storm};
 pub use reason::DropReason;
-pub use table::{Conflict, PortIndex, Table};
+pub use table::{Conflict, GuestRule, GuestRules, PortIndex, Removal, Table};

@@ -71,9 +71,12 @@ impl VlanIndex {
 
 /// What to do with one class of guest frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum GuestRule {
+pub enum GuestRule {
+    /// Drop them.
     Drop(DropReason),
+    /// Send them on.
     Rewrite {
+        /// With these tags.
         edit: TagEdit,
         /// The pushed tags take PCP and DEI of the guest's own tag.
         copy_priority: bool,
@@ -82,14 +85,65 @@ pub(super) enum GuestRule {
 
 /// The guest side of a port.
 #[derive(Debug, Clone)]
-pub(super) struct GuestRules {
-    pub(super) untagged: GuestRule,
-    pub(super) priority_tagged: GuestRule,
-    pub(super) tagged: GuestRule,
+pub struct GuestRules {
+    /// Frames without a tag.
+    pub untagged: GuestRule,
+    /// Frames whose outermost tag has VID 0.
+    pub priority_tagged: GuestRule,
+    /// All others.
+    pub tagged: GuestRule,
     /// Drop priority-tagged frames with another tag behind.
-    pub(super) refuse_inner: bool,
+    pub refuse_inner: bool,
     /// A trunk's VIDs and their TPID; tagged frames outside are dropped.
     pub(super) allowed: Option<(Tpid, Box<[u64; VIDS / 64]>)>,
+}
+
+impl GuestRules {
+    /// A trunk's TPID and its VIDs as runs, first and last, ascending; `None` if any VID
+    /// may be used.
+    pub fn allowed(&self) -> Option<(Tpid, Vec<(u16, u16)>)> {
+        let (tpid, words) = self.allowed.as_ref()?;
+        let mut runs: Vec<(u16, u16)> = Vec::new();
+        let is_set = |vid: &u16| {
+            let word = words.get(usize::from(vid / 64)).copied().unwrap_or(0);
+            word & (1 << (vid % 64)) != 0
+        };
+        for vid in (0..VIDS as u16).filter(is_set) {
+            match runs.last_mut() {
+                Some((_, last)) if *last + 1 == vid => *last = vid,
+                _ => runs.push((vid, vid)),
+            }
+        }
+        Some((*tpid, runs))
+    }
+}
+
+/// What a port takes off the uplink's frames of one of its VLANs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Removal {
+    /// Tags to take off.
+    pub pop: u8,
+    /// Drop the frame if a tag remains after that.
+    pub refuse_inner: bool,
+}
+
+impl Membership {
+    /// What becomes of the uplink's frames with this outer VID, which must be one of the
+    /// port's.
+    pub fn removal(&self, vid: Vid) -> Removal {
+        let refuse_inner = self.mode() == Mode::Access;
+        let kept = self.mode() == Mode::Trunk && self.native() != Some(vid);
+        let pop = match self.vlans() {
+            Vlans::Double { .. } => 2,
+            _ => u8::from(!kept),
+        };
+        Removal { pop, refuse_inner }
+    }
+
+    /// What becomes of the guest's frames.
+    pub fn guest_rules(&self) -> GuestRules {
+        guest_rules(self)
+    }
 }
 
 /// All ports' rules, compiled.
@@ -160,15 +214,15 @@ impl Table {
 
     fn add(&mut self, port: PortIndex, membership: &Membership) -> Result<(), Conflict> {
         let tpid = membership.tpid();
-        let access = membership.mode() == Mode::Access;
+        let rule = |vid| {
+            let Removal { pop, refuse_inner } = membership.removal(vid);
+            UplinkRule { port, pop, refuse_inner }
+        };
         if let Vlans::Double { outer, inner } = *membership.vlans() {
-            let rule = UplinkRule { port, pop: 2, refuse_inner: access };
-            self.claim_pair((tpid, outer), (membership.inner_tpid(), inner), rule)?;
+            self.claim_pair((tpid, outer), (membership.inner_tpid(), inner), rule(outer))?;
         } else {
             for vid in membership.outer_vids() {
-                let native = membership.native() == Some(vid);
-                let pop = u8::from(membership.mode() != Mode::Trunk || native);
-                self.claim(tpid, vid, UplinkRule { port, pop, refuse_inner: access })?;
+                self.claim(tpid, vid, rule(vid))?;
             }
         }
         if matches!(membership.vlans(), Vlans::Untagged) {

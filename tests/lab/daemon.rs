@@ -16,12 +16,21 @@ pub fn binary() -> String {
 }
 
 /// One worker, whatever the machine has, unless the test says otherwise or all are to run
-/// with several: `VLANSWITCHD_WORKERS=2`.
+/// with several: `VLANSWITCHD_WORKERS=2`. Likewise the packet path, and all are to run on the
+/// other one: `VLANSWITCHD_DATAPATH=auto`.
 pub fn add_workers(command: &mut Command, arguments: &[&str]) {
+    if !arguments.contains(&"--datapath") {
+        command.args(["--datapath", &datapath()]);
+    }
     if !arguments.contains(&"--workers") {
         let workers = std::env::var("VLANSWITCHD_WORKERS").unwrap_or_else(|_| "1".to_owned());
         command.args(["--workers", &workers]);
     }
+}
+
+/// The datapath tests are run on that do not ask for one.
+pub fn datapath() -> String {
+    std::env::var("VLANSWITCHD_DATAPATH").unwrap_or_else(|_| "packet".to_owned())
 }
 
 /// Lines of one output stream, collected as they come.

@@ -46,7 +46,7 @@ const UPLINK_KEYS: &[Key] = &[
     key("set-mtu", MTU, "the guests' MTU, such as 1500, or true"),
 ];
 const SWITCH_KEYS: &[Key] = &[
-    key("datapath", TEXT, "\"auto\" or \"packet\""),
+    key("datapath", TEXT, "\"auto\", \"packet\" or \"kernel\""),
     key("workers", NUMBER, "a number from 1 to 64, or \"auto\""),
     key("cpus", NUMBER, "a number, or in quotes a list such as \"2-5,8\""),
     key("rebalance", ON_OFF, "\"on\" or \"off\""),

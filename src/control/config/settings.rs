@@ -25,10 +25,12 @@ pub enum LogFormat {
 /// How frames are moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Datapath {
-    /// The fastest path that works here.
+    /// The kernel path for every port it can serve, the packet path for the others
     Auto,
-    /// By packet sockets.
+    /// By packet sockets
     Packet,
+    /// By programs in the kernel; refuses ports they cannot serve
+    Kernel,
 }
 
 /// Whether the process is confined.

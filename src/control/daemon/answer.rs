@@ -221,7 +221,8 @@ impl Daemon {
     }
 
     fn show_port(&self, port: &Port) -> api::Port {
-        let Port { config, shared, watched, .. } = port;
+        let Port { config, shared, watched, in_kernel, .. } = port;
+        let (from_guest, to_guest) = port.flows();
         let link = port.index().and_then(|index| self.monitor.links().by_index(index));
         let options = config.options(self.config.tpid).into_iter();
         api::Port {
@@ -234,11 +235,13 @@ impl Daemon {
             since: watched.since,
             ifindex: port.index(),
             mtu: link.map(|link| link.mtu),
-            datapath: "packet".to_owned(),
-            worker: Some(port.worker as u32),
+            datapath: if *in_kernel { "kernel" } else { "packet" }.to_owned(),
+            datapath_reason: (!in_kernel && self.kernel.is_some())
+                .then(|| port.why_packet.clone()),
+            worker: (!in_kernel).then_some(port.worker as u32),
             ring_peak: watched.ring_peak,
-            from_guest: shared.from_guest.snapshot().into(),
-            to_guest: shared.to_guest.snapshot().into(),
+            from_guest: from_guest.into(),
+            to_guest: to_guest.into(),
         }
     }
 
@@ -259,9 +262,29 @@ impl Daemon {
             mtu: link.map(|link| link.mtu),
             mtu_needed: checks::required_mtu(&self.config.ports),
             ring_peak: self.uplink.watched.ring_peak,
-            from_wire: self.workers.uplink_flow().into(),
+            from_wire: self.uplink_flow().into(),
             to_wire: Sent { out_frames: frames, out_bytes: bytes },
         }
+    }
+
+    /// What came from the wire, whoever served it.
+    pub(super) fn uplink_flow(&self) -> FlowSnapshot {
+        let mut flow = self.workers.uplink_flow();
+        let Some(kernel) = &self.kernel else { return flow };
+        for path in self.ports.iter().filter_map(|(_, port)| port.path.as_ref()) {
+            if let Ok((_, to_guest)) = path.flows() {
+                // Handed to a port: what became of it there is the port's.
+                flow.in_frames += to_guest.in_frames;
+                flow.in_bytes += to_guest.in_bytes;
+                flow.out_frames += to_guest.in_frames;
+                flow.out_bytes += to_guest.in_bytes;
+            }
+        }
+        match kernel.unmapped() {
+            Ok(unmapped) => flow.add(&unmapped),
+            Err(error) => warn!("{error}"),
+        }
+        flow
     }
 
     fn unmapped(&self) -> Vec<Unmapped> {
@@ -314,7 +337,8 @@ impl Daemon {
             started: self.started,
             uplink: self.name.clone(),
             uplink_state: self.workers.uplink_state().name().to_owned(),
-            datapath: "packet".to_owned(),
+            datapath: self.datapath().to_owned(),
+            datapath_reason: self.kernel.is_none().then(|| self.why_packet.clone()),
             ports,
             workers: self.workers(),
             config_file: self.config.file.as_ref().map(|file| file.display().to_string()),
@@ -330,18 +354,13 @@ impl Daemon {
         self.count_overruns();
         let mut drops = Vec::new();
         for (_, port) in self.ports.iter() {
-            let (shared, watched) = (&port.shared, &port.watched);
+            let watched = &port.watched;
             let name = &port.config.device;
-            let from_guest = shared.from_guest.snapshot();
+            let (from_guest, to_guest) = port.flows();
             drops.extend(drops_of(name, "from_guest", &from_guest, &watched.incoming));
-            drops.extend(drops_of(
-                name,
-                "to_guest",
-                &shared.to_guest.snapshot(),
-                &watched.outgoing,
-            ));
+            drops.extend(drops_of(name, "to_guest", &to_guest, &watched.outgoing));
         }
-        let from_wire = self.workers.uplink_flow();
+        let from_wire = self.uplink_flow();
         drops.extend(drops_of(&self.name, "from_wire", &from_wire, &self.uplink.watched.incoming));
         drops
     }

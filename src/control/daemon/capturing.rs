@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Captures {
     /// Where each looks.
     sessions: Vec<(Place, Session)>,
+    /// Where one is about to look.
+    coming: Option<Place>,
     names: Names,
 }
 
@@ -26,6 +28,12 @@ impl Captures {
     /// How many there are.
     pub fn running(&self) -> usize {
         self.sessions.iter().filter(|(_, session)| !session.is_finished()).count()
+    }
+
+    /// Where somebody looks.
+    pub fn places(&self) -> impl Iterator<Item = Place> {
+        let running = self.sessions.iter().filter(|(_, session)| !session.is_finished());
+        running.map(|(place, _)| *place).chain(self.coming)
     }
 
     /// Asks all to write what they still have and to end. Returns until when they are
@@ -83,6 +91,11 @@ impl Daemon {
         // All that can fail comes first: who has the connection cannot refuse any more.
         let prepared = Session::prepare(source, self.captures.names.clone(), options)
             .map_err(|error| Refusal::failed(format!("no thread for a capture: {error}")))?;
+        // The packet path sees all frames, and why they are dropped.
+        self.captures.coming = Some(place);
+        let seen = self.demote_for(&[]);
+        self.captures.coming = None;
+        seen.map_err(Refusal::failed)?;
         let Some(stream) = self.server.hand_over(client) else { return Ok(()) };
         // What the reader is told first, it is told when the workers have been told.
         self.workers.send_all(|| Command::Capture(Box::new(sink.another())));
@@ -98,6 +111,11 @@ impl Daemon {
         for (position, port) in self.ports.iter() {
             self.captures.names.set(Some(position), &port.config.device);
         }
+    }
+
+    /// Where somebody looks at frames.
+    pub(super) fn captured_places(&self) -> impl Iterator<Item = Place> {
+        self.captures.places()
     }
 
     /// Ends the captures of a port that goes.

@@ -10,13 +10,14 @@
 use super::Daemon;
 use super::devices::{Opened, close_opened};
 use super::ports::Port;
+use crate::control::placement::{Key, keys};
 use crate::control::api::{EventKind, ReloadReply};
 use crate::control::checks;
 use crate::control::config::{Config, ConfigErrors, diff};
 use crate::control::mapping::{DeviceKind, PortConfig};
 use crate::control::start_error::StartError;
 use crate::frame::{Tpid, Vid};
-use crate::switch::{Conflict, PortIndex, Table};
+use crate::switch::{Conflict, Membership, PortIndex, Table};
 use std::collections::HashSet;
 use thiserror::Error;
 use tracing::warn;
@@ -67,9 +68,26 @@ pub struct Claims {
 }
 
 impl Claims {
-    /// The claims of a table.
-    pub fn of(table: &Table) -> Self {
-        Self { tagged: table.claims().iter().copied().collect(), untagged: table.claims_untagged() }
+    /// What ports with these memberships claim.
+    pub fn of_ports<'m>(memberships: impl Iterator<Item = &'m Membership>) -> Self {
+        let mut claims = Self::default();
+        for key in memberships.flat_map(keys) {
+            match key {
+                Key::Tagged(tpid, vid) => {
+                    claims.tagged.insert((tpid, vid));
+                }
+                Key::Untagged => claims.untagged = true,
+            }
+        }
+        claims
+    }
+
+    /// These and those.
+    fn or(&self, other: &Self) -> Self {
+        Self {
+            tagged: self.tagged.union(&other.tagged).copied().collect(),
+            untagged: self.untagged || other.untagged,
+        }
     }
 }
 
@@ -125,10 +143,12 @@ impl Daemon {
     /// [`ChangeError`]; nothing was changed.
     pub(super) fn become_config(&mut self, new: Config) -> Result<Vec<String>, ChangeError> {
         let Plan { added, removed, changed } = self.plan(&new)?;
+        self.demote_for(&changed)?;
         let positions = self.free_positions(added.len());
         for (position, config) in positions.iter().zip(&added) {
             self.ports.insert(*position, Port::new(config.clone()));
         }
+        self.choose_paths(&positions);
         let created_before = self.created();
         let (opened, table) = match self.prepare(&positions, &removed, &changed) {
             Ok(prepared) => prepared,
@@ -146,8 +166,11 @@ impl Daemon {
                 self.workers.add(*position, port.worker, &port.shared);
             }
         }
-        let before = std::mem::replace(&mut self.claims, Claims::of(&table));
-        self.claim(&before, &self.claims, false);
+        let after = self.claims_after(&removed, &changed);
+        let before = std::mem::replace(&mut self.claims, after);
+        // What goes to the kernel path is let go of when it is there.
+        let led = self.led_after(&removed, &changed);
+        self.claim(&before, &self.claims.or(&led), false);
         // One after the other in one go of the worker: what guests that go have sent
         // still goes by the old table, and nobody is without a port in between.
         let gone: Vec<_> = removed.iter().copied().map(Some).collect();
@@ -157,6 +180,8 @@ impl Daemon {
         self.await_switch();
         self.attach_ports(opened);
         self.claim(&self.claims, &before, true);
+        self.lead_changed(&changed);
+        self.claim(&before, &self.claims, false);
         self.name_interfaces();
         self.close(&gone, departed);
         let mut notes = self.retire(&removed);
@@ -184,6 +209,13 @@ impl Daemon {
             self.raise_uplink_mtu();
         }
         notes.extend(self.open_changed(&changed_positions));
+        for position in positions.into_iter().chain(changed_positions) {
+            self.lead(position);
+        }
+        self.settle_paths();
+        if let Err(error) = self.fit_uplink_ring() {
+            notes.push(error.to_string());
+        }
         // Carrier and state may have changed through what was set just now.
         self.follow_links();
         Ok(notes)
@@ -234,6 +266,7 @@ impl Daemon {
         self.follow_links();
         let diff = diff::ports(&self.config.ports, &new.ports);
         checks::file_limit(new.ports.len(), self.workers.len())?;
+        checks::programs(new)?;
         for (old, new) in &diff.changed {
             if (old.kind == DeviceKind::Internal) != (new.kind == DeviceKind::Internal) {
                 return Err(ChangeError::OtherKind(new.device.clone()));
@@ -254,8 +287,39 @@ impl Daemon {
         })
     }
 
+    /// What ports on the packet path claim now.
+    pub(super) fn packet_claims(&self) -> Claims {
+        let ports = self.ports.iter().filter(|(_, port)| !port.in_kernel);
+        Claims::of_ports(ports.map(|(_, port)| &port.config.membership))
+    }
+
+    /// What they will claim after a change.
+    fn claims_after(&self, removed: &[PortIndex], changed: &[(PortIndex, PortConfig)]) -> Claims {
+        Claims::of_ports(self.memberships_after(removed, changed, false))
+    }
+
+    /// What the kernel path will have after a change.
+    fn led_after(&self, removed: &[PortIndex], changed: &[(PortIndex, PortConfig)]) -> Claims {
+        Claims::of_ports(self.memberships_after(removed, changed, true))
+    }
+
+    fn memberships_after<'a>(
+        &'a self,
+        removed: &'a [PortIndex],
+        changed: &'a [(PortIndex, PortConfig)],
+        in_kernel: bool,
+    ) -> impl Iterator<Item = &'a Membership> {
+        let ports = self.ports.iter().filter(move |(position, port)| {
+            port.in_kernel == in_kernel && !removed.contains(position)
+        });
+        ports.map(|(position, port)| {
+            let new = changed.iter().find(|(other, _)| *other == position);
+            new.map_or(&port.config.membership, |(_, config)| &config.membership)
+        })
+    }
+
     /// Claims what `of` has and `without` has not, or lets go of it.
-    fn claim(&self, of: &Claims, without: &Claims, claimed: bool) {
+    pub(super) fn claim(&self, of: &Claims, without: &Claims, claimed: bool) {
         let filter = &self.uplink.filter;
         let mut result = Ok(());
         for (tpid, vid) in of.tagged.difference(&without.tagged) {
@@ -309,10 +373,12 @@ impl Daemon {
         for position in positions {
             self.stop_captures_of(*position);
             self.give_back(*position, None);
-            let Some(port) = self.ports.remove(*position) else { continue };
+            let Some(mut port) = self.ports.remove(*position) else { continue };
+            let (from_guest, to_guest) = port.flows();
             let retired = self.retired.get_or_insert_default();
-            retired.from_guest.add(port.shared.from_guest.snapshot().into());
-            retired.to_guest.add(port.shared.to_guest.snapshot().into());
+            retired.from_guest.add(from_guest.into());
+            retired.to_guest.add(to_guest.into());
+            self.leave_kernel_path(&mut port);
             let internal = port.config.kind == DeviceKind::Internal;
             let name = port.config.device;
             if let Some(note) = self.left_behind(&name, internal) {

@@ -32,7 +32,8 @@ pub struct Opened {
     counter: Option<KernelCounter>,
     /// `None` for an internal port.
     link: Option<LinkState>,
-    device: Device,
+    /// `None` on the kernel path.
+    device: Option<Device>,
 }
 
 impl Opened {
@@ -45,7 +46,7 @@ impl Opened {
         link: Option<LinkState>,
         device: Device,
     ) -> Result<Self, StartError> {
-        Ok(Self { position, counter: device.kernel_counter()?, link, device })
+        Ok(Self { position, counter: device.kernel_counter()?, link, device: Some(device) })
     }
 
     /// The port's position.
@@ -55,7 +56,9 @@ impl Opened {
 
     /// Goes on from a position in the device's ring.
     pub fn resume_at(&mut self, next: usize) {
-        self.device.resume_at(next);
+        if let Some(device) = &mut self.device {
+            device.resume_at(next);
+        }
     }
 }
 
@@ -64,6 +67,13 @@ impl Opened {
 struct Prepared {
     position: PortIndex,
     link: LinkState,
+}
+
+impl From<Prepared> for Opened {
+    /// On the kernel path there is nothing to open.
+    fn from(Prepared { position, link }: Prepared) -> Self {
+        Self { position, counter: None, link: Some(link), device: None }
+    }
 }
 
 impl Daemon {
@@ -94,9 +104,12 @@ impl Daemon {
         for Prepared { link, .. } in &prepared {
             self.host.bring_up(link.index)?;
         }
+        let (in_kernel, by_packets): (Vec<_>, Vec<_>) =
+            prepared.into_iter().partition(|prepared| self.is_in_kernel(prepared.position));
+        opened.extend(in_kernel.into_iter().map(Opened::from));
         let mut failed = None;
         let ring = self.port_ring();
-        for result in in_parallel(prepared, |prepared| open_port(prepared, ring)) {
+        for result in in_parallel(by_packets, |prepared| open_port(prepared, ring)) {
             match result {
                 Ok(port) => opened.push(port),
                 Err(error) => failed = Some(error),
@@ -175,6 +188,7 @@ impl Daemon {
         created: bool,
         sealing: Sealing,
     ) -> Result<Prepared, StartError> {
+        self.set_guard(position, link.index)?;
         let found = self.host.prepare_port(&link, created, sealing)?;
         if found.is_none() {
             // Not those to be given back: that would take as long again when stopping.
@@ -203,7 +217,7 @@ impl Daemon {
             port.attached = Some(attached);
         }
         let device = Device::Internal(InternalPort::new(queue.fd));
-        Ok(Opened { position, counter: None, link: None, device })
+        Ok(Opened { position, counter: None, link: None, device: Some(device) })
     }
 
     /// Gives opened devices to the worker, which must know their ports.
@@ -227,10 +241,13 @@ impl Daemon {
                 port.watched.see_state(port.shared.link.state());
                 if let Some(attached) = &mut port.attached {
                     attached.counter = counter;
-                    attached.slots = device.position().1;
+                    attached.slots = device.as_ref().map_or(0, |device| device.position().1);
                 }
             }
-            devices.push((position, Box::new(device)));
+            match device {
+                Some(device) => devices.push((position, Box::new(device))),
+                None => self.lead_to(position, now.as_ref()),
+            }
         }
         devices
     }
@@ -244,13 +261,18 @@ impl Daemon {
         // Side by side: both wait for the kernel, and nothing is forwarded before both
         // are done.
         let ring = self.port_ring();
+        let in_kernel = self.is_in_kernel(position);
         let (prepared, device) = beside(
             || self.prepare_port(position, link.clone(), false, Sealing::Lasting),
-            || open(link, ring),
+            || (!in_kernel).then(|| open(link, ring)).transpose(),
         );
         let prepared = prepared?;
         let up = self.host.bring_up(link.index).map_err(StartError::from);
-        match up.and_then(|()| opened(prepared, device?)) {
+        let opened = up.and_then(|()| match device? {
+            Some(device) => opened(prepared, device),
+            None => Ok(Opened::from(prepared)),
+        });
+        match opened {
             Ok(opened) => {
                 self.attach_ports(vec![opened]);
                 Ok(())
@@ -275,8 +297,22 @@ impl Daemon {
             self.uncleared.retain(|uncleared| *uncleared != index);
             self.host.clear_up(index);
         }
-        if let Some(found) = attached.found {
-            self.host.give_port_back(&found.renamed(name));
+        let Some(index) = attached.index else { return };
+        match attached.found {
+            Some(found) => self.host.give_port_back(&found.renamed(name)),
+            // It stays sealed, and sends nothing any more.
+            None if self.is_in_kernel(position) => {
+                if let Err(error) = self.host.replace_guard(index, None)
+                    && !error.is_device_gone()
+                {
+                    warn!("{error}");
+                }
+                self.host.drop_guard(index);
+            }
+            None => {}
+        }
+        if self.is_in_kernel(position) {
+            self.lead(position);
         }
     }
 
@@ -294,8 +330,12 @@ impl Daemon {
             }
             return Ok(());
         }
-        let found = self.host.prepare_uplink(link, self.uplink.mtu)?;
-        let (counters, devices) = match self.open_uplink(link) {
+        let found = self.host.prepare_uplink(link, self.uplink.mtu, self.kernel.is_some())?;
+        let opened = match self.needs_uplink_ring() {
+            true => self.open_uplink(link),
+            false => Ok((Vec::new(), Vec::new())),
+        };
+        let (counters, devices) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 self.host.give_uplink_back(&found);
@@ -311,7 +351,7 @@ impl Daemon {
         }
         self.uplink.attached = Some((link.index, counters, found));
         self.attach_devices(Vec::new(), devices);
-        Ok(())
+        self.attach_dispatcher(link.index)
     }
 
     /// Opens the uplink once for each worker.
@@ -329,8 +369,12 @@ impl Daemon {
     /// Takes note of an uplink that was taken over.
     pub(super) fn uplink_is_there(&mut self) {
         let Some((index, ..)) = &self.uplink.attached else { return };
-        self.workers.publish_uplink(self.monitor.links().by_index(*index));
+        let index = *index;
+        self.workers.publish_uplink(self.monitor.links().by_index(index));
         self.uplink.watched.see_state(self.workers.uplink_state());
+        if let Err(error) = self.attach_dispatcher(index) {
+            warn!("uplink {}: {error}", self.name);
+        }
     }
 
     /// Takes a port's device out of the worker and gives it back; `name` is what it is
@@ -391,6 +435,7 @@ impl Daemon {
             drop(counters);
             self.host.give_uplink_back(&found);
         }
+        self.follow_uplink();
     }
 
     /// A port's device cannot be polled by its worker.
@@ -411,6 +456,7 @@ impl Daemon {
     }
 
     pub(super) fn count_overruns(&mut self) {
+        self.count_queues();
         if let Some((_, counters, _)) = &self.uplink.attached {
             for (worker, (seat, counter)) in self.workers.iter().zip(counters).enumerate() {
                 let count = counter.take();
@@ -429,13 +475,19 @@ impl Daemon {
         }
     }
 
-    /// Stops the worker and puts back what the kernel does not undo itself.
+    /// Stops the worker and puts back what the kernel does not undo itself, but for what
+    /// the kernel path needs to go on, if it does.
     pub(super) fn stop(&mut self) {
         let departed = self.workers.end(|| Command::Stop);
         self.count_overruns();
-        let ports = self.ports.iter_mut().filter_map(|(_, port)| port.attached.take()?.found);
-        let ports: Vec<FoundPort> = ports.collect();
-        let uplink = self.uplink.attached.take().map(|(_, _, found)| found);
+        let goes_on = self.outlives_us();
+        if !goes_on {
+            self.take_kernel_path_away();
+        }
+        let ports = self.ports.iter_mut().filter(|(_, port)| !(goes_on && port.in_kernel));
+        let ports: Vec<FoundPort> =
+            ports.filter_map(|(_, port)| port.attached.take()?.found).collect();
+        let uplink = self.uplink.attached.take_if(|_| !goes_on).map(|(_, _, found)| found);
         let devices = departed.into_iter().flatten().filter_map(|departed| departed.device);
         let parts = devices.flat_map(|device| device.into_parts());
         in_parallel(parts.collect(), drop::<DevicePart>);
@@ -503,10 +555,11 @@ pub fn counted(parts: Vec<NetdevPort>) -> io::Result<(Vec<KernelCounter>, Vec<De
 
 /// Closes devices the worker never had, side by side.
 pub fn close_opened(opened: Vec<Opened>) {
-    let parts = opened.into_iter().flat_map(|Opened { counter, device, .. }| {
+    let devices = opened.into_iter().filter_map(|Opened { counter, device, .. }| {
         drop(counter);
-        device.into_parts()
+        device
     });
+    let parts = devices.flat_map(Device::into_parts);
     in_parallel(parts.collect(), drop::<DevicePart>);
 }
 
@@ -516,7 +569,8 @@ fn open_port(prepared: Prepared, ring: NetdevOptions<'_>) -> Result<Opened, Star
 }
 
 fn opened(Prepared { position, link }: Prepared, device: Device) -> Result<Opened, StartError> {
-    Ok(Opened { position, counter: device.kernel_counter()?, link: Some(link), device })
+    let counter = device.kernel_counter()?;
+    Ok(Opened { position, counter, link: Some(link), device: Some(device) })
 }
 
 /// Opens a device that is ready.

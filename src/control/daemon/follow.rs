@@ -45,6 +45,11 @@ impl Daemon {
             }
         }
         self.publish_all();
+        self.follow_uplink();
+        let positions: Vec<_> = self.ports.iter().map(|(position, _)| position).collect();
+        for position in positions {
+            self.follow_target(position);
+        }
     }
 
     /// A device that came and went while notifications were lost is in no event.
@@ -87,6 +92,7 @@ impl Daemon {
             if let Some((_, _, found)) = self.uplink.attached.take() {
                 self.host.give_uplink_back(&found.renamed(new_name));
             }
+            self.follow_uplink();
             let text = format!("uplink {}: gone, waiting for it to come back", self.name);
             self.tell(EventKind::UplinkDetached, Some(&self.name.clone()), text);
         } else if let Some((position, port)) = self.ports.by_index(index) {
@@ -228,6 +234,12 @@ impl Daemon {
 
     /// Something was taken from a device's tc hooks: its seal, perhaps.
     fn device_unhooked(&mut self, index: u32, cause: &str) {
+        if self.uplink.attached.as_ref().is_some_and(|(attached, ..)| *attached == index) {
+            if let Some(text) = self.keep_dispatcher(index, cause) {
+                self.tell(EventKind::Seal, Some(&self.name.clone()), text);
+            }
+            return;
+        }
         let Some((_, port)) = self.ports.by_index(index) else { return };
         let name = port.config.device.clone();
         if cause == QDISC_REMOVED && self.uncleared.contains(&index) {

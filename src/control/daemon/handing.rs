@@ -50,7 +50,7 @@ impl Daemon {
         if uplink != self.name {
             return Err(Refusal::refused(format!("it serves uplink {}, not {uplink}", self.name)));
         }
-        let ours = format_for(self.workers.len());
+        let ours = format_for(self.workers.len(), self.kernel.is_some());
         if !(ours..=FORMAT).contains(&format) {
             return Err(Refusal::other_format(ours));
         }
@@ -118,7 +118,11 @@ impl Daemon {
         let mut descriptors: Vec<BorrowedFd<'_>> =
             self.server.listeners().map(|(_, fd)| fd).collect();
         descriptors.push(self.claim.as_fd());
-        let uplink = self.uplink.attached.as_ref().and_then(|(index, counters, found)| {
+        let attached = self.uplink.attached.as_ref();
+        // Without a ring there is nothing to hand over but what to put back one day.
+        let found_uplink = attached.filter(|(_, counters, _)| counters.is_empty());
+        let found_uplink = found_uplink.map(|(_, _, found)| found.clone());
+        let uplink = attached.and_then(|(index, counters, found)| {
             // None if its rings could not be opened again.
             counters.first()?;
             descriptors.extend(counters.iter().map(KernelCounter::socket));
@@ -148,6 +152,8 @@ impl Daemon {
             ports,
             listeners: self.server.listeners().map(|(place, _)| place).collect(),
             abilities: Some(self.abilities),
+            found_uplink,
+            kernel_path: self.kernel.is_some(),
             workers: self.workers.len(),
         };
         (state, descriptors)
@@ -226,8 +232,16 @@ impl Daemon {
                 }
             }
         }
+        // What the kernel path serves has no socket: it is found by its pins.
+        let earlier = take.state.ports.iter_mut().filter(|port| port.device.is_none());
+        let earlier = earlier.filter_map(|port| port.found.take()).collect();
+        self.host.remember(earlier, take.state.found_uplink.take());
         for (position, port) in take.state.ports.iter_mut().enumerate() {
             let Some(DeviceState { index, slots }) = port.device.take() else { continue };
+            if let Some(port) = self.ports.get_mut(position) {
+                // Until all is settled, the packet path has what it had.
+                port.in_kernel = false;
+            }
             let socket = descriptors.pop_front().ok_or_else(missing)?;
             let name = self.ports.get(position).map(|port| port.config.device.clone());
             let name = name.unwrap_or_default();
@@ -283,6 +297,7 @@ impl Daemon {
         let Adopted { mut uplink, ports: mut opened } =
             self.adopt_devices(&mut take, descriptors)?;
         let Last { stopped, next, others, from_wire, ports, removed } = take.finish()?;
+        self.claim_for_packet_path();
         // Not sooner: the other process changes what its own filter claims, and goes on if
         // this one fails. Both claim the same now.
         for counter in self.uplink.attached.iter().flat_map(|(_, counters, _)| counters) {

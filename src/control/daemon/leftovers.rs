@@ -1,11 +1,14 @@
 //! Devices a process before could not give back (`control::record`).
 
+use super::paths::pin_folder;
 use super::{Daemon, claim_uplink, once_free};
 use crate::control::config::Config;
 use crate::control::host::{FoundPort, Host};
 use crate::control::privileges;
 use crate::control::record::{Found, Record};
 use crate::control::start_error::StartError;
+use crate::dataplane::kernel;
+use nix::net::if_::if_nametoindex;
 use tracing::warn;
 
 impl Daemon {
@@ -41,10 +44,23 @@ pub fn give_back(config: &Config) -> Result<usize, StartError> {
     // A service manager may be about to close the store's.
     let _claim = once_free(true, || claim_uplink(&config.uplink))?;
     let record = Record::beside(config.control.path(), &config.uplink);
-    let Some(Found { uplink, ports, .. }) = record.read() else { return Ok(0) };
     let mut host = Host::new()?;
+    let guarded = remove_kernel_path(&config.uplink, &mut host)?;
+    let Some(Found { uplink, ports, .. }) = record.read() else { return Ok(guarded) };
     host.remember(ports, uplink);
     let count = host.give_back_remembered();
     record.remove();
-    Ok(count)
+    Ok(count.max(guarded))
+}
+
+/// Ends what the kernel path still forwards. Returns how many ports that was.
+fn remove_kernel_path(uplink: &str, host: &mut Host) -> Result<usize, StartError> {
+    let index = |name: &str| if_nametoindex(name).ok();
+    let ports = kernel::remove(Some(&pin_folder(uplink)), index(uplink))?;
+    for name in &ports {
+        if let Some(index) = index(name) {
+            host.seal_again(name, index);
+        }
+    }
+    Ok(ports.len())
 }

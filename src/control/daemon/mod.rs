@@ -15,6 +15,7 @@ mod follow;
 mod handing;
 mod heartbeat;
 mod leftovers;
+mod paths;
 mod ports;
 mod scraped;
 mod stuck;
@@ -33,6 +34,7 @@ use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
 use crate::dataplane::Abilities;
+use crate::dataplane::kernel::KernelPath;
 use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
@@ -95,6 +97,10 @@ pub struct Daemon {
     started: u64,
     host: Host,
     monitor: LinkMonitor,
+    /// What it has in the kernel, if the kernel path is in use.
+    kernel: Option<KernelPath>,
+    /// Why not, if it is not.
+    why_packet: String,
     uplink: Uplink,
     ports: Ports,
     /// What the uplink's filter lets in.
@@ -165,14 +171,11 @@ impl Daemon {
             None => once_free(closing, || claim_uplink(&config.uplink))?.into(),
         };
         let server = listen(&config, &poll, listeners, closing)?;
-        let filter = UplinkFilter::new()?;
-        for (tpid, vid) in config.table.claims() {
-            filter.claim(tpid.index(), vid.get(), true)?;
-        }
-        filter.claim_untagged(config.table.claims_untagged())?;
+        let (kernel, why_packet) = paths::open_kernel_path(&config)?;
+        let filter = UplinkFilter::new(kernel.as_ref().map(KernelPath::records))?;
+        let claims = Claims::default();
         checks::say_uplink_mtu(&config, monitor.links());
         let mtu = checks::target_mtu(&config);
-        let claims = Claims::of(&config.table);
         let watched = Watched::default();
         let mut ports = Ports::new(config.ports.clone());
         let abilities = known.or_else(|| probe.map(Probe::finish)).unwrap_or_default();
@@ -191,6 +194,8 @@ impl Daemon {
             started: wall_clock(),
             host: Host::new()?,
             monitor,
+            kernel,
+            why_packet,
             uplink: Uplink { filter, steering, mtu, slots: 0, attached: None, watched },
             ports,
             claims,
@@ -218,6 +223,8 @@ impl Daemon {
             store,
             record,
         };
+        let all: Vec<PortIndex> = daemon.ports.iter().map(|(position, _)| position).collect();
+        daemon.choose_paths(&all);
         match take {
             Some(take) => {
                 daemon.go_on(take, descriptors)?;
@@ -257,7 +264,8 @@ impl Daemon {
                 self.host.recognise_seal(index);
             }
         }
-        privileges::confine(&self.config).map_err(|error| {
+        let pins = self.kernel.as_ref().and_then(KernelPath::place);
+        privileges::confine(&self.config, pins).map_err(|error| {
             self.stop();
             self.remove_created(0);
             self.record.remove();
@@ -271,12 +279,15 @@ impl Daemon {
         registry.register(&mut SourceFd(&self.monitor.as_raw_fd()), LINKS, Interest::READABLE)?;
         let opened = self.open_ports(&self.ports.without_device())?;
         self.attach_ports(opened);
+        self.lead_all();
+        self.claim_for_packet_path();
         // The uplink comes last, so that no frame meets a port not yet attached.
         if let Some(link) = self.monitor.links().by_name(&self.name).cloned()
             && self.uplink.attached.is_none()
         {
             self.attach_uplink(&link)?;
         }
+        self.forget_the_gone();
         // Carrier and state may have changed through what was set just now.
         self.follow_links();
         Ok(())
@@ -309,17 +320,35 @@ impl Daemon {
                 return result;
             }
         }
+        let report = self.end();
+        self.captures.finish(deadline);
+        show(&report);
+        result
+    }
+
+    /// Stops, and says what does not. Returns the last report.
+    fn end(&mut self) -> String {
+        if self.outlives_us() {
+            self.keep_record();
+            self.stop();
+            let name = &self.name;
+            info!(
+                "the kernel path goes on forwarding: `vlanswitchd --give-back --uplink {name}` \
+                 ends that"
+            );
+            return self.report();
+        }
+        self.count_overruns();
         self.stop();
         self.record.remove();
-        self.captures.finish(deadline);
-        show(&self.report());
-        result
+        self.report()
     }
 
     fn banner(&self) -> String {
         let ports = self.ports.len();
         let plural = if ports == 1 { "" } else { "s" };
-        format!("forwarding: uplink {}, {ports} port{plural}, datapath packet", self.name)
+        let datapath = self.datapath();
+        format!("forwarding: uplink {}, {ports} port{plural}, datapath {datapath}", self.name)
     }
 
     fn react(&mut self, show: &mut impl FnMut(&str)) -> io::Result<()> {
@@ -342,6 +371,8 @@ impl Daemon {
                 self.take_notices();
                 self.attach_left_out();
                 self.end_captures();
+                self.look_for_unable();
+                self.settle_paths();
                 self.host.restore_queueing();
                 self.keep_record();
                 next_tick = now + TICK;

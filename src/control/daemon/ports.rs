@@ -5,11 +5,17 @@
 use crate::control::daemon::watch::Watched;
 use crate::control::host::FoundPort;
 use crate::control::mapping::PortConfig;
-use crate::dataplane::PortShared;
+use crate::dataplane::kernel::PortPath;
+use crate::dataplane::{FlowSnapshot, PortShared};
 use crate::switch::{Membership, PortIndex};
 use crate::sys::packet::KernelCounter;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tracing::warn;
+
+/// Ports there have been.
+static NUMBERS: AtomicU64 = AtomicU64::new(1);
 
 /// A port.
 #[derive(Debug)]
@@ -24,6 +30,16 @@ pub struct Port {
     pub rest: u32,
     /// What its worker counts.
     pub shared: Arc<PortShared>,
+    /// Its part of the kernel path, which counts, if it has or had one.
+    pub path: Option<PortPath>,
+    /// Whether that serves it; else its worker does.
+    pub in_kernel: bool,
+    /// Why its worker does, for people.
+    pub why_packet: String,
+    /// The kernel path cannot serve what its guest sends, as was found.
+    pub unable: bool,
+    /// Tells it from all other ports there were.
+    pub number: u64,
     /// Its device, while it is in the worker.
     pub attached: Option<Attached>,
     /// What the clock's ticks have seen of it.
@@ -39,9 +55,29 @@ impl Port {
             under_way: None,
             rest: 0,
             shared: Arc::default(),
+            path: None,
+            in_kernel: false,
+            why_packet: String::new(),
+            unable: false,
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             attached: None,
             watched: Watched::default(),
         }
+    }
+
+    /// What was counted from and to the guest, whoever served it.
+    pub fn flows(&self) -> (FlowSnapshot, FlowSnapshot) {
+        let mut from_guest = self.shared.from_guest.snapshot();
+        let mut to_guest = self.shared.to_guest.snapshot();
+        match self.path.as_ref().map(PortPath::flows) {
+            Some(Ok((from, to))) => {
+                from_guest.add(&from);
+                to_guest.add(&to);
+            }
+            Some(Err(error)) => warn!("{}: {error}", self.config.device),
+            None => {}
+        }
+        (from_guest, to_guest)
     }
 
     /// Its device's index, while it is attached and not an internal one.

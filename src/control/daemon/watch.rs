@@ -177,11 +177,11 @@ impl Daemon {
         let time = wall_clock();
         let mut lines = Vec::new();
         for (_, port) in self.ports.iter_mut() {
+            let (from, to) = port.flows();
             let shared = &port.shared;
             let watched = &mut port.watched;
             watched.see_state(shared.link.state());
             watched.ring_peak = f64::from(shared.ring_peak.take()) / 1000.0;
-            let (from, to) = (shared.from_guest.snapshot(), shared.to_guest.snapshot());
             watched.see_frames(from.in_frames + to.in_frames);
             let mut overload = watched.incoming.look(&from, time);
             overload += watched.outgoing.look(&to, time);
@@ -189,10 +189,11 @@ impl Daemon {
                 lines.push((port.config.device.clone(), frames));
             }
         }
+        let flow = self.uplink_flow();
         let watched = &mut self.uplink.watched;
         watched.see_state(self.workers.uplink_state());
         watched.ring_peak = f64::from(self.workers.take_ring_peak()) / 1000.0;
-        let overload = watched.incoming.look(&self.workers.uplink_flow(), time);
+        let overload = watched.incoming.look(&flow, time);
         if let Some(frames) = watched.see_overload(overload, now) {
             lines.push((self.name.clone(), frames));
         }

@@ -1,7 +1,7 @@
 //! Asking the kernel: one request at a time on a blocking socket, each answered
 //! or given up after [`ANSWER_TIMEOUT`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -189,6 +189,54 @@ impl LinkSocket {
             let operation = format!("set {}", describe(settings));
             self.refused(index, operation, failure)
         })
+    }
+
+    /// Makes the device receive frames whatever their destination, as `ip link set promisc
+    /// on` does, or ends that. Returns whether it was so before.
+    pub fn set_promiscuous(&mut self, index: u32, on: bool) -> Result<bool, LinkError> {
+        let before = self.report(index)?.promiscuous;
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.change_mask = LinkFlags::Promisc;
+        message.header.flags.set(LinkFlags::Promisc, on);
+        self.acknowledged(RouteNetlinkMessage::SetLink(message), 0).map_err(|failure| {
+            let word = if on { "on" } else { "off" };
+            self.refused(index, format!("set promisc {word}"), failure)
+        })?;
+        Ok(before)
+    }
+
+    /// How many frames each of these devices has dropped instead of sending them; those
+    /// that are gone are missing.
+    pub fn dropped(&mut self, indexes: &[u32]) -> Result<HashMap<u32, u64>, LinkError> {
+        /// From so many on it is quicker to hear of all.
+        const DUMP_FROM: usize = 32;
+        let mut found = HashMap::with_capacity(indexes.len());
+        let request = |index| {
+            let mut message = LinkMessage::default();
+            message.header.index = index;
+            RouteNetlinkMessage::GetLink(message)
+        };
+        let mut take = |message: &Message<'_>| {
+            if message.kind == libc::RTM_NEWLINK {
+                found.extend(wire::dropped(message.payload));
+            }
+        };
+        if indexes.len() >= DUMP_FROM {
+            self.exchange(request(0), NLM_F_DUMP, &mut take).map_err(|failure| {
+                LinkError::Socket { operation: "read devices' counters", reason: failure.reason }
+            })?;
+        } else {
+            for index in indexes {
+                match self.exchange(request(*index), NLM_F_ACK, &mut take) {
+                    Err(failure) if failure.reason.raw_os_error() != Some(libc::ENODEV) => {
+                        return Err(self.refused(*index, "read its counters".into(), failure));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Compares what the device reports with what it was asked for.

@@ -110,6 +110,8 @@ pub(super) struct LinkReport {
     pub qdisc: Option<String>,
     /// `IN6_ADDR_GEN_MODE_*`; none where the device has no IPv6.
     pub addr_gen_mode: Option<u8>,
+    /// Promiscuous by an administrator's wish (`IFF_PROMISC`), not by a socket's.
+    pub promiscuous: bool,
 }
 
 /// The index in an `RTM_NEWLINK` or `RTM_DELLINK` that is about a device itself.
@@ -149,6 +151,7 @@ pub(super) fn link_report(payload: &[u8]) -> Option<LinkReport> {
         },
         qdisc: None,
         addr_gen_mode: None,
+        promiscuous: header.flags.contains(LinkFlags::Promisc),
     };
     for (kind, value) in attributes(payload.get(LINK_HEADER_LEN..)?) {
         match kind {
@@ -207,6 +210,15 @@ pub(super) fn link_details(payload: &[u8]) -> Option<LinkDetails> {
     let size = |wanted| attribute(rest, wanted).and_then(number).unwrap_or_default();
     let gro_max_size = size(IFLA_GRO_MAX_SIZE).max(size(IFLA_GRO_IPV4_MAX_SIZE));
     Some(LinkDetails { vlan: vlan_device(rest), state, qdisc, gro_max_size })
+}
+
+/// Index of a device, and how many frames it has dropped instead of sending them: `tx_dropped`
+/// of `struct rtnl_link_stats64` (include/uapi/linux/if_link.h).
+pub(super) fn dropped(payload: &[u8]) -> Option<(u32, u64)> {
+    const TX_DROPPED: usize = 7;
+    let stats = attribute(payload.get(LINK_HEADER_LEN..)?, libc::IFLA_STATS64)?;
+    let count = stats.get(TX_DROPPED * 8..)?.first_chunk()?;
+    Some((link_index(payload)?, u64::from_ne_bytes(*count)))
 }
 
 fn vlan_device(attributes: &[u8]) -> Option<VlanDevice> {

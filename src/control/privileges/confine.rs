@@ -9,7 +9,7 @@
 use super::{RUNNING, keep_only};
 use crate::control::accounts;
 use crate::control::capture;
-use crate::control::config::{Config, Metrics, SandboxMode, persist};
+use crate::control::config::{Config, Datapath, Metrics, SandboxMode, persist};
 use crate::control::{links, server, store};
 use crate::port::INTERNAL_CALLS;
 use crate::sys::sandbox::{
@@ -64,8 +64,9 @@ pub fn worker_calls() -> impl Iterator<Item = Call> {
 }
 
 /// System calls of the control thread and its helpers.
-pub fn control_calls() -> impl Iterator<Item = Call> {
+pub fn control_calls(kernel_path: bool) -> impl Iterator<Item = Call> {
     let lists = [
+        if kernel_path { bpf::PATH_CALLS } else { &[] },
         RUNTIME,
         THREADS,
         LOOP,
@@ -111,12 +112,14 @@ pub fn confine_worker(mode: SandboxMode) -> Result<(), ConfineError> {
     Ok(())
 }
 
-/// Confines the calling thread, the control thread of a switch that forwards.
+/// Confines the calling thread, the control thread of a switch that forwards; it keeps the
+/// kernel path's `pins`.
 ///
 /// # Errors
 /// [`ConfineError`].
-pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
-    let filter = filter(config.sandbox, control_calls())?;
+pub fn confine(config: &Config, pins: Option<&Path>) -> Result<Confined, ConfineError> {
+    let kernel_path = config.datapath != Datapath::Packet;
+    let filter = filter(config.sandbox, control_calls(kernel_path))?;
     keep_only(&RUNNING)?;
     let Some(filter) = filter else {
         warn!("--sandbox off: system calls and files are not restricted");
@@ -125,7 +128,8 @@ pub fn confine(config: &Config) -> Result<Confined, ConfineError> {
     warn_of_what_is_lost(config);
     accounts::confine();
     let files = if config.sandbox == SandboxMode::On {
-        let places = places(config);
+        let mut places = places(config);
+        places.extend(pins.map(|pins| (pins.to_owned(), Use::Replace)));
         let rules: Vec<(&Path, Use)> =
             places.iter().map(|(path, usage)| (path.as_path(), *usage)).collect();
         let files = restrict_files(&rules)?;

@@ -107,12 +107,20 @@ pub enum Condition {
 pub enum Helper {
     /// `void *bpf_map_lookup_elem(map, key)`
     MapLookup = 1,
+    /// `long bpf_tail_call(ctx, program_array, index)`: does not return if there is a program
+    TailCall = 12,
     /// `long bpf_skb_vlan_push(skb, __be16 vlan_proto, u16 vlan_tci)`
     VlanPush = 18,
     /// `long bpf_skb_vlan_pop(skb)`
     VlanPop = 19,
     /// `long bpf_redirect(u32 ifindex, u64 flags)`
     Redirect = 23,
+    /// `long bpf_skb_load_bytes(skb, u32 offset, void *to, u32 len)`
+    LoadBytes = 26,
+    /// `long bpf_xdp_adjust_head(xdp, int delta)`
+    XdpAdjustHead = 44,
+    /// `long bpf_redirect_map(map, u64 key, u64 flags)`
+    RedirectMap = 51,
 }
 
 /// The right-hand side of an operation: a register or a constant.
@@ -178,6 +186,8 @@ const CALL: u8 = 0x80;
 const EXIT: u8 = 0x90;
 /// In the source register of a 64-bit load: the immediate is a map's fd.
 const PSEUDO_MAP_FD: Register = Register(1);
+/// The same, and the address is that of the map's value (BPF_PSEUDO_MAP_VALUE).
+const PSEUDO_MAP_VALUE: Register = Register(2);
 
 /// Why a program could not be assembled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -318,6 +328,14 @@ impl Program {
     pub fn load_map(&mut self, destination: Register, map: BorrowedFd<'_>) -> &mut Self {
         let code = CLASS_LD | MODE_IMM | Width::Double as u8;
         self.push(code, destination, PSEUDO_MAP_FD, 0, map.as_raw_fd());
+        self.push(0, R0, R0, 0, 0)
+    }
+
+    /// `destination = address of the value` of an array of one entry (Linux 5.2): no
+    /// look-up when the program runs. The map must stay open as for [`Program::load_map`].
+    pub fn load_map_value(&mut self, destination: Register, map: BorrowedFd<'_>) -> &mut Self {
+        let code = CLASS_LD | MODE_IMM | Width::Double as u8;
+        self.push(code, destination, PSEUDO_MAP_VALUE, 0, map.as_raw_fd());
         self.push(0, R0, R0, 0, 0)
     }
 

@@ -21,6 +21,7 @@ use super::assembler::{
     Alu, AssemblyError, Condition, Helper, Instruction, Program, R0, R1, R2, R6, R7, R8, R10, Width,
 };
 use super::map::{ArrayMap, PerCpuArrayMap, WideArrayMap};
+use super::path::{Dispatch, Record};
 use super::skb;
 use super::syscall::{BpfError, ProgramKind, load};
 use std::io;
@@ -45,17 +46,30 @@ pub struct UplinkFilter {
 }
 
 impl UplinkFilter {
-    /// A filter that claims nothing yet.
+    /// A filter that claims nothing yet. With the uplink's `records` of the kernel path it
+    /// leaves there what it decides, and does not count what nobody claims: the dispatcher
+    /// does.
     ///
     /// # Errors
     /// [`BpfError::NotPermitted`], or the kernel is out of memory.
-    pub fn new() -> Result<Self, BpfError> {
+    pub fn new(records: Option<BorrowedFd<'_>>) -> Result<Self, BpfError> {
         let claims = ArrayMap::create("vlansw_claims", VIDS)?;
         let seen = PerCpuArrayMap::create("vlansw_seen", VIDS * TPIDS.len() as u32)?;
         let sources = WideArrayMap::create("vlansw_sources", VIDS * TPIDS.len() as u32)?;
-        let instructions = uplink_filter(claims.as_fd(), seen.as_fd(), sources.as_fd())?;
+        let counts = (seen.as_fd(), sources.as_fd());
+        let instructions = uplink_filter(claims.as_fd(), counts, records)?;
         let program = load(ProgramKind::SocketFilter, "vlansw_uplink", &instructions)?;
         Ok(Self { claims, seen, sources, program })
+    }
+
+    /// What the kernel path's dispatcher shares with the filter.
+    pub fn dispatch<'a>(&'a self, programs: BorrowedFd<'a>) -> Dispatch<'a> {
+        Dispatch {
+            programs,
+            claims: self.claims.as_fd(),
+            seen: self.seen.as_fd(),
+            sources: self.sources.as_fd(),
+        }
     }
 
     /// Attaches the filter to an AF_PACKET socket, in place of any filter there.
@@ -63,21 +77,7 @@ impl UplinkFilter {
     /// # Errors
     /// The socket's filter is locked (SO_LOCK_FILTER), or it is not a socket.
     pub fn attach(&self, socket: BorrowedFd<'_>) -> Result<(), BpfError> {
-        let program = self.program.as_raw_fd();
-        // SAFETY: the option reads one int, which `program` is.
-        let result = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_BPF,
-                (&raw const program).cast(),
-                size_of_val(&program) as libc::socklen_t,
-            )
-        };
-        if result == 0 {
-            return Ok(());
-        }
-        Err(BpfError::from_io("attach the uplink filter to a socket", io::Error::last_os_error()))
+        attach_filter(socket, self.program.as_fd())
     }
 
     /// Claims, or lets go of, the frames whose outermost tag is (`tpid_index`, `vid`).
@@ -134,14 +134,46 @@ impl UplinkFilter {
     }
 }
 
+/// Attaches a filter to a socket, in place of any filter there.
+///
+/// # Errors
+/// The socket's filter is locked (SO_LOCK_FILTER), or it is not a socket.
+pub fn attach_filter(socket: BorrowedFd<'_>, program: BorrowedFd<'_>) -> Result<(), BpfError> {
+    set_filter(socket, libc::SO_ATTACH_BPF, program.as_raw_fd())
+        .map_err(|error| BpfError::from_io("attach a filter to a socket", error))
+}
+
+/// Takes the filter off a socket: it gets everything.
+///
+/// # Errors
+/// As for [`attach_filter`], and if there is none.
+pub fn detach_filter(socket: BorrowedFd<'_>) -> Result<(), BpfError> {
+    set_filter(socket, libc::SO_DETACH_FILTER, 0)
+        .map_err(|error| BpfError::from_io("take the filter off a socket", error))
+}
+
+fn set_filter(socket: BorrowedFd<'_>, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: both options read one int, which `value` is.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The filter program; see the module's text for the maps.
 ///
 /// # Errors
 /// None: the signature is that of all programs.
-pub fn uplink_filter(
+fn uplink_filter(
     claims: BorrowedFd<'_>,
-    seen: BorrowedFd<'_>,
-    sources: BorrowedFd<'_>,
+    (seen, sources): (BorrowedFd<'_>, BorrowedFd<'_>),
+    records: Option<BorrowedFd<'_>>,
 ) -> Result<Vec<Instruction>, AssemblyError> {
     let mut program = Program::new();
     let (in_band, by_vid, look_up) = (program.label(), program.label(), program.label());
@@ -174,6 +206,17 @@ pub fn uplink_filter(
     program.load(Width::Word, R1, R0, 0).alu(Alu::ShiftRight, R1, R8);
     program.jump_if(R1, Condition::AnyBit, 1, accept);
 
+    if let Some(records) = records {
+        for (label, decision, verdict) in [(reject, 0, 0), (accept, 1, WHOLE)] {
+            let lost = program.label();
+            program.place(label).store(Width::Word, R10, -4, 0).load_map(R1, records);
+            program.mov(R2, R10).alu(Alu::Add, R2, -4).call(Helper::MapLookup);
+            program.jump_if(R0, Condition::Equal, 0, lost);
+            program.store(Width::Double, R0, (Record::DECISION * 8) as i16, decision);
+            program.place(lost).mov(R0, verdict).exit();
+        }
+        return program.finish();
+    }
     // The common case, the host's own traffic, ends here; `seen` has no entry for it.
     program.jump_if(R8, Condition::Equal, UNTAGGED, reject);
     program.alu(Alu::ShiftLeft, R8, VIDS.trailing_zeros() as i32).alu(Alu::Or, R8, R7);
@@ -247,7 +290,7 @@ mod tests {
     #[test]
     #[ignore = "needs root: runs a BPF program"]
     fn tags_in_the_bytes_are_read_too() {
-        let filter = UplinkFilter::new().unwrap();
+        let filter = UplinkFilter::new(None).unwrap();
         for (index, tpid) in TPIDS.into_iter().enumerate() {
             for vid in [0, 7, 4095] {
                 let tagged = frame(&[(tpid, 0xf000 | vid), (0x8100, 9)]);

@@ -22,7 +22,7 @@ const BATCH: usize = 256;
 /// The kernel's own "not supported", which user space has no name for.
 const ENOTSUPP: i32 = 524;
 
-fn create(map_type: u32, name: &str, value_size: u32, entries: u32) -> Result<OwnedFd, BpfError> {
+pub(super) fn create(map_type: u32, name: &str, value_size: u32, entries: u32) -> Result<OwnedFd, BpfError> {
     let map_name = object_name(name)?;
     with_memory_lock_limit(&format!("create BPF map {name} of {entries} entries"), || {
         let mut attributes = MapCreate {
@@ -259,7 +259,7 @@ impl AsFd for PerCpuArrayMap {
 const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// How many CPUs the kernel counts for: `num_possible_cpus()`, not those online.
-fn possible_cpus() -> Result<usize, BpfError> {
+pub(super) fn possible_cpus() -> Result<usize, BpfError> {
     let failed = |source| BpfError::System { action: format!("read {POSSIBLE}"), source };
     let text = fs::read_to_string(POSSIBLE).map_err(failed)?;
     count_cpus(text.trim()).ok_or_else(|| {

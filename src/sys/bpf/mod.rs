@@ -27,6 +27,8 @@
 mod assembler;
 mod filter;
 mod map;
+pub mod path;
+mod path_maps;
 mod programs;
 mod steering;
 mod syscall;
@@ -41,15 +43,16 @@ pub use assembler::{
     R4, R5, R6, R7, R8, R9, R10, Register, Width,
 };
 pub use clsact::remove_empty_qdisc;
-pub use filter::UplinkFilter;
+pub use filter::{UplinkFilter, attach_filter, detach_filter};
 pub use map::{ArrayMap, PerCpuArrayMap};
+pub use path_maps::{ProgramArray, Records, SharedPair, is_bpf_file_system, pin};
 pub use programs::{
     COUNTER_BYTES, COUNTER_FRAMES, PopRule, TaggedVlan, seal_program, tc_count_drop_program,
     vlan_pop_program, vlan_pop_redirect, vlan_push_program, vlan_push_redirect,
     xdp_count_drop_program, xdp_drop_program,
 };
 pub use steering::Steering;
-pub use syscall::{BpfError, CALLS, ProgramKind, load};
+pub use syscall::{BpfError, CALLS, PATH_CALLS, ProgramKind, load};
 pub use tc::{
     Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,
     move_to_tcx, move_to_tcx_leaving_qdisc,
@@ -69,4 +72,8 @@ pub mod skb {
     pub const VLAN_TCI: i16 = 24;
     /// TPID of that tag, in network order in the low 16 bits.
     pub const VLAN_PROTO: i16 = 28;
+    /// EtherType behind that tag, in network order in the low 16 bits.
+    pub const PROTOCOL: i16 = 16;
+    /// Payload of each segment of a super-frame in bytes, 0 for other frames (Linux 5.7).
+    pub const GSO_SIZE: i16 = 176;
 }

@@ -118,7 +118,10 @@ fn unprivileged() -> String {
 pub(super) const MAP_CREATE: Command<MapCreate> = Command::new(0);
 pub(super) const MAP_LOOKUP_ELEM: Command<MapElement> = Command::new(1);
 pub(super) const MAP_UPDATE_ELEM: Command<MapElement> = Command::new(2);
+pub(super) const MAP_DELETE_ELEM: Command<MapElement> = Command::new(3);
 const PROG_LOAD: Command<ProgramLoad> = Command::new(5);
+pub(super) const OBJ_PIN: Command<ObjectPath> = Command::new(6);
+pub(super) const OBJ_GET: Command<ObjectPath> = Command::new(7);
 pub(super) const PROG_ATTACH: Command<ProgramAttach> = Command::new(8);
 pub(super) const PROG_DETACH: Command<ProgramAttach> = Command::new(9);
 pub(super) const PROG_GET_FD_BY_ID: Command<ProgramById> = Command::new(13);
@@ -127,8 +130,8 @@ pub(super) const PROG_QUERY: Command<ProgramQuery> = Command::new(16);
 pub(super) const MAP_LOOKUP_BATCH: Command<MapBatch> = Command::new(24);
 pub(super) const LINK_CREATE: Command<LinkCreate> = Command::new(28);
 
-/// What following seals, claims and counts takes: no map and no program is made after
-/// the start.
+/// What following seals, claims and counts takes: on the packet path no map and no program
+/// is made after the start.
 pub const CALLS: &[Call] = &[Call::one_of(
     libc::SYS_bpf,
     0,
@@ -141,6 +144,19 @@ pub const CALLS: &[Call] = &[Call::one_of(
         PROG_GET_FD_BY_ID.number as u32,
         OBJ_GET_INFO_BY_FD.number as u32,
         PROG_QUERY.number as u32,
+    ],
+)];
+
+/// What the kernel path takes beside that: programs are made for ports that come and change.
+pub const PATH_CALLS: &[Call] = &[Call::one_of(
+    libc::SYS_bpf,
+    0,
+    &[
+        MAP_CREATE.number as u32,
+        MAP_DELETE_ELEM.number as u32,
+        PROG_LOAD.number as u32,
+        OBJ_PIN.number as u32,
+        OBJ_GET.number as u32,
     ],
 )];
 
@@ -219,6 +235,16 @@ const _: () = {
     assert!(std::mem::offset_of!(ProgramLoad, log_buf) == 32);
     assert!(std::mem::offset_of!(ProgramLoad, prog_name) == 48);
 };
+
+/// OBJ_PIN and OBJ_GET.
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct ObjectPath {
+    pub pathname: u64,
+    pub bpf_fd: u32,
+    pub file_flags: u32,
+}
+const _: () = assert!(size_of::<ObjectPath>() == 16);
 
 /// PROG_ATTACH and PROG_DETACH.
 #[repr(C)]
@@ -303,6 +329,20 @@ const _: () = {
     assert!(size_of::<ProgramInfo>() == 80);
     assert!(std::mem::offset_of!(ProgramInfo, name) == 64);
 };
+
+/// The head of `struct bpf_map_info`, up to the name.
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct MapInfo {
+    pub map_type: u32,
+    pub id: u32,
+    pub key_size: u32,
+    pub value_size: u32,
+    pub max_entries: u32,
+    pub map_flags: u32,
+    pub name: [u8; NAME_LEN],
+}
+const _: () = assert!(size_of::<MapInfo>() == 40);
 
 /// BPF_OBJ_NAME_LEN, with the final NUL.
 pub(super) const NAME_LEN: usize = 16;

@@ -55,6 +55,13 @@ pub fn remember(program: BorrowedFd<'_>) -> Result<(), BpfError> {
     Ok(())
 }
 
+/// Forgets a program that is attached nowhere any more.
+pub fn forget(program: BorrowedFd<'_>) {
+    if let Ok((id, _)) = describe(program) {
+        OURS.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| other.id != id);
+    }
+}
+
 /// Remembers the programs called `name` at a hook, of an earlier run too, while
 /// CAP_SYS_ADMIN tells which they are.
 ///

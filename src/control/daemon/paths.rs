@@ -1,0 +1,758 @@
+//! Which path serves which port: the kernel path wherever it can, the packet path else.
+//!
+//! # Theory of operation
+//!
+//! A port on the kernel path has a guard on its device that sends its guest's frames to the
+//! uplink, and entries in the dispatcher's array that send the uplink's to it; no socket and
+//! no ring. If no port is on the packet path, the uplink has none either: a frame then meets
+//! nothing of ours but the programs.
+//!
+//! A port moves to the packet path when its options ask for what programs cannot do, when
+//! somebody captures its frames (the packet path sees them all, with the reasons of drops),
+//! or when its guest sends what only the packet path can pass on; and back when that has
+//! ended. While it moves, each frame is decided about once: the socket's filter decides, and
+//! the program in transition does the opposite (`sys::bpf::path`). Frames that wait in the
+//! ring when a port moves to the kernel path may be overtaken by those that come after.
+//!
+//! Tag pairs of one outer VLAN are on one path together, as the uplink's filter knows the
+//! outer VLAN only.
+
+use super::Daemon;
+use super::devices::open;
+use super::ports::Port;
+use crate::control::api::EventKind;
+use crate::control::config::{Config, Datapath};
+use crate::control::links::LinkState;
+use crate::control::checks;
+use crate::control::mapping::PortConfig;
+use crate::control::placement;
+use crate::control::start_error::StartError;
+use crate::dataplane::kernel::{self, KernelPath, KernelPathError, Target};
+use crate::dataplane::Place;
+use crate::port::{Device, NetdevOptions};
+use crate::switch::{Membership, PortIndex};
+use crate::sys::bpf::{self, SharedPair, is_bpf_file_system};
+use nix::mount::{MsFlags, mount};
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tracing::{info, warn};
+
+/// Where BPF file systems are mounted (Documentation/bpf/).
+const BPF_FOLDER: &str = "/sys/fs/bpf";
+/// Ours in it.
+const OUR_FOLDER: &str = "vlanswitchd";
+/// How long a frame may be on its way from a socket's filter to a program behind it.
+const STRAGGLER_TIME: Duration = Duration::from_millis(1);
+
+/// Where the pins of an uplink are: by its name, and by the network namespace if that is not
+/// the first process's.
+pub fn pin_folder(uplink: &str) -> PathBuf {
+    let namespace = |process: &str| {
+        fs::metadata(format!("/proc/{process}/ns/net")).map(|facts| facts.ino()).ok()
+    };
+    let name = uplink.replace('%', "%25").replace('.', "%2e");
+    let name = match (namespace("self"), namespace("1")) {
+        (Some(ours), Some(first)) if ours != first => format!("{name}-{ours}"),
+        _ => name,
+    };
+    Path::new(BPF_FOLDER).join(OUR_FOLDER).join(name)
+}
+
+/// The folder of the pins, in a BPF file system, which is mounted if need be.
+fn usable_pin_folder(uplink: &str) -> Option<PathBuf> {
+    let root = Path::new(BPF_FOLDER);
+    if !is_bpf_file_system(root)
+        && let Err(errno) =
+            mount(Some("bpf"), root, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+    {
+        warn!(
+            "{BPF_FOLDER} is no BPF file system and cannot be made one ({errno}): the kernel path \
+             ends with this process; `mount -t bpf bpf {BPF_FOLDER}` makes it last"
+        );
+        return None;
+    }
+    Some(pin_folder(uplink))
+}
+
+/// The kernel path, as far as the configuration wants one and this kernel can. The second
+/// part says why there is none.
+///
+/// # Errors
+/// [`StartError`] if it must be that path.
+pub fn open_kernel_path(config: &Config) -> Result<(Option<KernelPath>, String), StartError> {
+    if config.datapath == Datapath::Packet {
+        return Ok((None, "--datapath packet".to_owned()));
+    }
+    let place = usable_pin_folder(&config.uplink);
+    match (KernelPath::open(place.as_deref()), config.datapath) {
+        (Ok(path), _) => Ok((Some(path), String::new())),
+        (Err(error), Datapath::Kernel) => Err(StartError::KernelPath(error)),
+        (Err(error), _) => {
+            warn!("the packet path serves all ports: no kernel path: {error}");
+            Ok((None, format!("no kernel path: {error}")))
+        }
+    }
+}
+
+fn target(link: &LinkState) -> Target {
+    Target { index: link.index, mtu: link.mtu, is_up: link.up && link.carrier }
+}
+
+impl Daemon {
+    /// Why each port is to be on the packet path, by position; `None` for the kernel path.
+    /// `changed` are configurations that ports are about to have.
+    fn reasons(&self, changed: &[(PortIndex, PortConfig)]) -> Vec<Option<String>> {
+        let mut configs = self.ports.configs();
+        for (position, config) in changed {
+            if let Some(place) = configs.get_mut(*position) {
+                *place = Some(config);
+            }
+        }
+        let mut reasons: Vec<Option<String>> = Vec::with_capacity(configs.len());
+        for (position, config) in configs.iter().enumerate() {
+            let reason = match (&self.kernel, config) {
+                (None, _) => Some(self.why_packet.clone()),
+                (Some(_), None) => None,
+                (Some(_), Some(config)) => checks::kernel_inability(config).map(str::to_owned),
+            };
+            let port = self.ports.get(position);
+            let unable = port.is_some_and(|port| port.unable).then(|| {
+                "its guest sends super-frames behind tags the kernel cannot segment".to_owned()
+            });
+            let captured = self.is_captured(position).then(|| "it is being captured".to_owned());
+            reasons.push(reason.or(unable).or(captured));
+        }
+        let memberships: Vec<Option<&Membership>> =
+            configs.iter().map(|config| config.map(|config| &config.membership)).collect();
+        let groups = placement::groups(&[&memberships]);
+        let mut of_group: HashMap<PortIndex, String> = HashMap::new();
+        for (group, reason) in groups.iter().zip(&reasons) {
+            if let Some(reason) = reason {
+                of_group.entry(*group).or_insert_with(|| reason.clone());
+            }
+        }
+        for (group, reason) in groups.iter().zip(&mut reasons) {
+            if reason.is_none()
+                && let Some(other) = of_group.get(group)
+            {
+                *reason = Some(format!("another port of its outer VLAN: {other}"));
+            }
+        }
+        reasons
+    }
+
+    /// Gives ports that have no device yet their path.
+    pub(super) fn choose_paths(&mut self, positions: &[PortIndex]) {
+        let mut reasons = self.reasons(&[]);
+        for position in positions {
+            let reason = reasons.get_mut(*position).and_then(Option::take);
+            let Some(port) = self.ports.get_mut(*position) else { continue };
+            port.in_kernel = false;
+            let Some(kernel) = self.kernel.as_ref().filter(|_| reason.is_none()) else {
+                port.why_packet = reason.unwrap_or_default();
+                continue;
+            };
+            let config = &port.config;
+            match kernel.port(port.number, &config.device) {
+                Ok(path) => {
+                    port.path = Some(path);
+                    port.in_kernel = true;
+                    port.why_packet.clear();
+                }
+                Err(error) => {
+                    warn!("{}: on the packet path: {error}", config.device);
+                    port.why_packet = error.to_string();
+                    port.unable = true;
+                }
+            }
+        }
+    }
+
+    /// Makes the program that is to guard the device of a port on the kernel path.
+    pub(super) fn set_guard(&mut self, position: PortIndex, index: u32) -> Result<(), StartError> {
+        if let Some(program) = self.guest_program(position, false)? {
+            self.host.set_guard(index, program)?;
+        }
+        Ok(())
+    }
+
+    fn guest_program(
+        &self,
+        position: PortIndex,
+        in_transition: bool,
+    ) -> Result<Option<OwnedFd>, KernelPathError> {
+        let port = self.ports.get(position);
+        let path = port.and_then(|port| Some((port, port.path.as_ref()?)));
+        let (Some(kernel), Some((port, path))) = (&self.kernel, path) else { return Ok(None) };
+        if !port.in_kernel && !in_transition {
+            return Ok(None);
+        }
+        let name = crate::control::host::SEAL_NAME;
+        kernel
+            .guest_program(name, path, &port.config.membership, &port.config.police, in_transition)
+            .map(Some)
+    }
+
+    /// Whether this port has no socket: programs serve it.
+    pub(super) fn is_in_kernel(&self, position: PortIndex) -> bool {
+        self.ports.get(position).is_some_and(|port| port.in_kernel)
+    }
+
+    /// Leads the frames of a port's VLANs to where it is now.
+    pub(super) fn lead(&mut self, position: PortIndex) {
+        let index = self.ports.get(position).and_then(Port::index);
+        let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
+        self.lead_to(position, link.as_ref());
+    }
+
+    /// The same, to a device that may be newer than what netlink has told.
+    pub(super) fn lead_to(&mut self, position: PortIndex, link: Option<&LinkState>) {
+        if let Err(error) = self.try_to_lead(position, link, false) {
+            let port = self.ports.get(position);
+            let name = port.map(|port| port.config.device.clone()).unwrap_or_default();
+            warn!("{name}: the kernel path may not reach it: {error}");
+        }
+    }
+
+    fn try_to_lead(
+        &mut self,
+        position: PortIndex,
+        link: Option<&LinkState>,
+        in_transition: bool,
+    ) -> Result<(), KernelPathError> {
+        let (Some(kernel), Some(port)) = (&mut self.kernel, self.ports.get_mut(position)) else {
+            return Ok(());
+        };
+        if !port.in_kernel && !in_transition {
+            return kernel.pass(port.number, &port.config.membership);
+        }
+        let Port { path: Some(path), config, .. } = port else { return Ok(()) };
+        kernel.enter(path, &config.membership, link.map(target), in_transition)
+    }
+
+    /// Leads the VLANs that ports are about to have to where they are now, and has their
+    /// guests' programs do as the new configuration says.
+    pub(super) fn lead_changed(&mut self, changed: &[(PortIndex, PortConfig)]) {
+        for (position, config) in changed {
+            if let Err(error) = self.try_to_change(*position, config) {
+                warn!("{}: the kernel path may not have all of its options: {error}", config.device);
+            }
+        }
+    }
+
+    fn try_to_change(
+        &mut self,
+        position: PortIndex,
+        config: &PortConfig,
+    ) -> Result<(), StartError> {
+        let (Some(kernel), Some(port)) = (&mut self.kernel, self.ports.get_mut(position)) else {
+            return Ok(());
+        };
+        let index = port.index();
+        if !port.in_kernel {
+            kernel.pass(port.number, &config.membership)?;
+            // Those it has no more, unless another has them by now.
+            let (old, number) = (&port.config.membership, port.number);
+            if *old != config.membership {
+                kernel.release(number, old)?;
+                kernel.pass(number, &config.membership)?;
+            }
+            return Ok(());
+        }
+        let Some(path) = &mut port.path else { return Ok(()) };
+        let name = crate::control::host::SEAL_NAME;
+        let program =
+            kernel.guest_program(name, path, &config.membership, &config.police, false)?;
+        if let Some(index) = index {
+            self.host.replace_guard(index, Some(program))?;
+        }
+        let link = index.and_then(|index| self.monitor.links().by_index(index));
+        Ok(kernel.enter(path, &config.membership, link.map(target), false)?)
+    }
+
+    /// Takes the port out of the kernel path for good.
+    pub(super) fn leave_kernel_path(&mut self, port: &mut Port) {
+        let Some(kernel) = &mut self.kernel else { return };
+        let mut left = kernel.release(port.number, &port.config.membership);
+        if let Some(path) = &mut port.path {
+            left = left.and(kernel.leave(path));
+        }
+        if let Err(error) = left {
+            warn!("{}: some of it is still in the kernel path: {error}", port.config.device);
+        }
+    }
+
+    /// The same for all ports.
+    pub(super) fn lead_all(&mut self) {
+        if self.kernel.is_none() {
+            return;
+        }
+        let positions: Vec<PortIndex> = self.ports.iter().map(|(position, _)| position).collect();
+        for position in positions {
+            self.lead(position);
+        }
+    }
+
+    /// Leads a port's VLANs elsewhere if its device is not what it was.
+    pub(super) fn follow_target(&mut self, position: PortIndex) {
+        let Some(port) = self.ports.get(position).filter(|port| port.in_kernel) else { return };
+        let links = self.monitor.links();
+        let now = port.index().and_then(|index| links.by_index(index)).map(target);
+        if port.path.as_ref().is_some_and(|path| path.target() != now) {
+            self.count_queues();
+            self.lead(position);
+        }
+    }
+
+    /// Tells guests' programs where the uplink is.
+    pub(super) fn follow_uplink(&mut self) {
+        let Some(kernel) = &self.kernel else { return };
+        let index = self.uplink.attached.as_ref().map(|(index, ..)| *index);
+        let link = index.and_then(|index| self.monitor.links().by_index(index));
+        if let Err(error) = kernel.set_uplink(link.map(target)) {
+            warn!("uplink {}: {error}", self.name);
+        }
+    }
+
+    /// Attaches the dispatcher to the uplink, if there is to be one; takes an earlier run's
+    /// away, if there is not.
+    pub(super) fn attach_dispatcher(&mut self, index: u32) -> Result<(), StartError> {
+        match &mut self.kernel {
+            Some(kernel) => kernel.attach(index, &self.uplink.filter)?,
+            None if kernel::is_there(index) => {
+                kernel::remove(Some(&pin_folder(&self.name)), Some(index))?;
+            }
+            None => {}
+        }
+        self.follow_uplink();
+        Ok(())
+    }
+
+    /// Puts the dispatcher back if somebody has taken it away. Returns what people should
+    /// know.
+    pub(super) fn keep_dispatcher(&mut self, index: u32, cause: &str) -> Option<String> {
+        if self.kernel.is_none() || kernel::is_there(index) {
+            return None;
+        }
+        let name = self.name.clone();
+        Some(match self.attach_dispatcher(index) {
+            Ok(()) => format!(
+                "uplink {name}: {cause}, and with it the program that leads frames to guests: \
+                 attached again, but what came in between has reached nobody; leave the tc \
+                 ingress of the uplink alone"
+            ),
+            Err(error) => format!(
+                "uplink {name}: {cause}, and the program that leads frames to guests cannot be \
+                 put back: guests get nothing: {error}"
+            ),
+        })
+    }
+
+    /// Whether the uplink needs a socket: some port is on the packet path.
+    pub(super) fn needs_uplink_ring(&self) -> bool {
+        self.kernel.is_none() || self.ports.iter().any(|(_, port)| !port.in_kernel)
+    }
+
+    /// Opens the uplink's rings if a port needs them, and closes them if none does.
+    pub(super) fn fit_uplink_ring(&mut self) -> Result<(), StartError> {
+        let Some((index, counters, _)) = &self.uplink.attached else { return Ok(()) };
+        match (counters.is_empty(), self.needs_uplink_ring()) {
+            (true, true) => {
+                let link = self.monitor.links().by_index(*index).cloned();
+                let Some(link) = link else { return Ok(()) };
+                let (fresh, devices) = self.open_uplink(&link)?;
+                self.uplink.slots = devices.first().map_or(0, |device| device.position().1);
+                if let Some((_, counters, _)) = &mut self.uplink.attached {
+                    *counters = fresh;
+                }
+                self.attach_devices(Vec::new(), devices);
+            }
+            (false, false) => {
+                self.take_back(None);
+                self.uplink.slots = 0;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Brings ports to the path they are to be on: to the packet path first, as what is to
+    /// follow may need it. `changed` are configurations ports are about to have.
+    ///
+    /// # Errors
+    /// [`StartError`] of a port that cannot get to the packet path: it stays.
+    pub(super) fn demote_for(
+        &mut self,
+        changed: &[(PortIndex, PortConfig)],
+    ) -> Result<(), StartError> {
+        let reasons = self.reasons(changed);
+        let positions: Vec<(PortIndex, String)> = self
+            .ports
+            .iter()
+            .filter(|(_, port)| port.in_kernel)
+            .filter_map(|(position, _)| Some((position, reasons.get(position)?.clone()?)))
+            .collect();
+        if positions.is_empty() { Ok(()) } else { self.demote(&positions) }
+    }
+
+    /// Brings every port to the path it is to be on.
+    pub(super) fn settle_paths(&mut self) {
+        if self.kernel.is_none() {
+            return;
+        }
+        if let Err(error) = self.demote_for(&[]) {
+            warn!("ports that the kernel path cannot serve stay there: {error}");
+        }
+        let reasons = self.reasons(&[]);
+        let able: Vec<PortIndex> = self
+            .ports
+            .iter()
+            .filter(|(position, port)| {
+                !port.in_kernel && reasons.get(*position).is_some_and(Option::is_none)
+            })
+            .map(|(position, _)| position)
+            .collect();
+        for (position, port) in self.ports.iter_mut() {
+            if let Some(Some(reason)) = reasons.get(position) {
+                port.why_packet.clone_from(reason);
+            }
+        }
+        if !able.is_empty() {
+            self.promote(&able);
+        }
+    }
+
+    /// Looks for guests that send what only the packet path can pass on.
+    pub(super) fn look_for_unable(&mut self) {
+        for (_, port) in self.ports.iter_mut().filter(|(_, port)| port.in_kernel) {
+            let unable = port.path.as_mut().map(kernel::PortPath::take_unable);
+            if matches!(unable, Some(Ok(true))) {
+                port.unable = true;
+            }
+        }
+    }
+
+    /// Moves ports to the packet path.
+    fn demote(&mut self, ports: &[(PortIndex, String)]) -> Result<(), StartError> {
+        for (position, reason) in ports {
+            if let Some(port) = self.ports.get_mut(*position) {
+                port.in_kernel = false;
+                port.why_packet.clone_from(reason);
+            }
+        }
+        let opened = self.fit_uplink_ring().and_then(|()| self.open_shut(ports));
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                for (position, _) in ports {
+                    if let Some(port) = self.ports.get_mut(*position) {
+                        port.in_kernel = true;
+                    }
+                }
+                return Err(error);
+            }
+        };
+        self.count_queues();
+        let mut switches = Vec::with_capacity(opened.len());
+        for (position, link, device, switch) in opened {
+            self.begin_transition(position, Some(link.index));
+            self.enter_device(position, &link, device);
+            switches.push((position, link.index, switch));
+        }
+        let absent = ports.iter().map(|(position, _)| *position);
+        let absent: Vec<PortIndex> = absent
+            .filter(|position| !switches.iter().any(|(other, ..)| other == position))
+            .collect();
+        for position in absent {
+            self.begin_transition(position, None);
+        }
+        for (position, _, switch) in &switches {
+            if let Err(error) = switch.set(1, 0) {
+                warn!("port {position}: {error}");
+            }
+        }
+        self.claim_for_packet_path();
+        std::thread::sleep(STRAGGLER_TIME);
+        for (position, index, _) in switches {
+            if let Err(error) = self.host.replace_guard(index, None) {
+                warn!("{error}");
+            }
+            self.unfilter(position);
+        }
+        for (position, reason) in ports {
+            self.lead(*position);
+            self.tell_path(*position, &format!("on the packet path: {reason}"));
+        }
+        Ok(())
+    }
+
+    /// Opens the devices of ports with filters that let nothing in yet. Each comes with the
+    /// value that lets frames in.
+    fn open_shut(
+        &self,
+        ports: &[(PortIndex, String)],
+    ) -> Result<Vec<(PortIndex, LinkState, Device, SharedPair)>, StartError> {
+        let slots = self.config.ring_size.slots(self.ports.len());
+        let links = self.monitor.links();
+        let mut opened = Vec::with_capacity(ports.len());
+        for (position, _) in ports {
+            let port = self.ports.get(*position);
+            let link = port.and_then(Port::index).and_then(|index| links.by_index(index));
+            let path = port.and_then(|port| port.path.as_ref());
+            let (Some(link), Some(path)) = (link, path) else { continue };
+            let device = open(link, NetdevOptions::ShutPort { slots })?;
+            let (filter, switch) = path.ring_filter()?;
+            if let Some(socket) = device.poll_fd() {
+                bpf::attach_filter(socket, filter.as_fd())?;
+            }
+            opened.push((*position, link.clone(), device, switch));
+        }
+        Ok(opened)
+    }
+
+    /// Puts programs in transition in their places.
+    fn begin_transition(&mut self, position: PortIndex, index: Option<u32>) {
+        let program = self.guest_program(position, true);
+        let guarded = program.map_err(StartError::from).and_then(|program| {
+            match (index, program) {
+                (Some(index), Some(program)) => {
+                    Ok(self.host.replace_guard(index, Some(program))?)
+                }
+                _ => Ok(()),
+            }
+        });
+        let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
+        let led = self.try_to_lead(position, link.as_ref(), true).map_err(StartError::from);
+        if let Err(error) = guarded.and(led) {
+            // One of its frames may come twice.
+            warn!("port {position} changes its path all at once: {error}");
+        }
+    }
+
+    fn unfilter(&self, position: PortIndex) {
+        let port = self.ports.get(position);
+        let counter = port.and_then(|port| port.attached.as_ref()?.counter.as_ref());
+        if let Some(counter) = counter
+            && let Err(error) = bpf::detach_filter(counter.socket())
+        {
+            warn!("port {position}: {error}");
+        }
+    }
+
+    /// Moves ports to the kernel path.
+    fn promote(&mut self, ports: &[PortIndex]) {
+        let mut switches = Vec::with_capacity(ports.len());
+        for position in ports {
+            match self.filter_ring(*position) {
+                Ok(switch) => switches.push((*position, switch)),
+                Err(error) => {
+                    let Some(port) = self.ports.get_mut(*position) else { continue };
+                    warn!("{}: stays on the packet path: {error}", port.config.device);
+                    port.unable = true;
+                    port.why_packet = error.to_string();
+                }
+            }
+        }
+        std::thread::sleep(STRAGGLER_TIME);
+        for (position, _) in &switches {
+            let index = self.ports.get(*position).and_then(Port::index);
+            self.begin_transition(*position, index);
+        }
+        let moved: Vec<PortIndex> = switches.iter().map(|(position, _)| *position).collect();
+        for position in &moved {
+            if let Some(port) = self.ports.get_mut(*position) {
+                port.in_kernel = true;
+                port.why_packet.clear();
+            }
+        }
+        self.skip_queues(&moved);
+        for (position, switch) in &switches {
+            if let Some(switch) = switch
+                && let Err(error) = switch.set(0, 0)
+            {
+                warn!("port {position}: {error}");
+            }
+        }
+        self.claim_for_packet_path();
+        std::thread::sleep(STRAGGLER_TIME);
+        for position in &moved {
+            let index = self.ports.get(*position).and_then(Port::index);
+            let program = self.guest_program(*position, false);
+            let guarded = program.map_err(StartError::from).and_then(|program| match index {
+                Some(index) => Ok(self.host.replace_guard(index, program)?),
+                None => Ok(()),
+            });
+            if let Err(error) = guarded {
+                warn!("port {position}: {error}");
+            }
+            self.lead(*position);
+            self.tell_path(*position, "on the kernel path");
+        }
+        let devices: Vec<Option<PortIndex>> = moved.iter().copied().map(Some).collect();
+        self.ask_back(&devices);
+        let departed = self.await_departures(&devices);
+        self.close(&devices, departed);
+        for position in &moved {
+            if let Some(attached) =
+                self.ports.get_mut(*position).and_then(|port| port.attached.as_mut())
+            {
+                attached.slots = 0;
+            }
+        }
+        if let Err(error) = self.fit_uplink_ring() {
+            warn!("{error}");
+        }
+    }
+
+    /// Has a port's socket filter tell what it decides, before the port leaves the packet
+    /// path. Returns the value that shuts it; none for a port without a device.
+    fn filter_ring(&mut self, position: PortIndex) -> Result<Option<SharedPair>, StartError> {
+        let (Some(kernel), Some(port)) = (&self.kernel, self.ports.get_mut(position)) else {
+            return Ok(None);
+        };
+        if port.path.is_none() {
+            let config = &port.config;
+            port.path = Some(kernel.port(port.number, &config.device)?);
+        }
+        let (Some(path), Some(attached)) = (&port.path, &port.attached) else { return Ok(None) };
+        let Some(counter) = &attached.counter else { return Ok(None) };
+        let (filter, switch) = path.ring_filter()?;
+        switch.set(1, 0)?;
+        bpf::attach_filter(counter.socket(), filter.as_fd())?;
+        Ok(Some(switch))
+    }
+
+    fn tell_path(&mut self, position: PortIndex, what: &str) {
+        let Some(port) = self.ports.get(position) else { return };
+        let name = port.config.device.clone();
+        self.tell(EventKind::Link, Some(&name), format!("{name}: {what}"));
+    }
+
+    /// Has the uplink's filter let in what ports on the packet path have, and nothing else.
+    pub(super) fn claim_for_packet_path(&mut self) {
+        let now = self.packet_claims();
+        let before = std::mem::replace(&mut self.claims, now);
+        self.claim(&before, &self.claims, false);
+        self.claim(&self.claims, &before, true);
+    }
+
+    /// Asks what devices have dropped behind the kernel path's programs.
+    pub(super) fn count_queues(&mut self) {
+        let indexes: Vec<u32> = self
+            .ports
+            .iter()
+            .filter(|(_, port)| port.in_kernel)
+            .filter_map(|(_, port)| port.path.as_ref()?.target().map(|target| target.index))
+            .collect();
+        if indexes.is_empty() {
+            return;
+        }
+        let dropped = self.host.dropped(&indexes);
+        for (_, port) in self.ports.iter_mut().filter(|(_, port)| port.in_kernel) {
+            let Some(path) = &mut port.path else { continue };
+            if let Some(count) = path.target().and_then(|target| dropped.get(&target.index)) {
+                path.note_dropped(*count);
+            }
+        }
+    }
+
+    /// What these ports' devices have dropped until now was counted by the packet path.
+    fn skip_queues(&mut self, ports: &[PortIndex]) {
+        let index = |port: &PortIndex| self.ports.get(*port).and_then(Port::index);
+        let indexes: Vec<u32> = ports.iter().filter_map(index).collect();
+        let dropped = self.host.dropped(&indexes);
+        for position in ports {
+            let Some(port) = self.ports.get_mut(*position) else { continue };
+            let count = port.index().and_then(|index| Some((index, *dropped.get(&index)?)));
+            if let (Some((index, count)), Some(path)) = (count, &mut port.path) {
+                path.skip_dropped(index, count);
+            }
+        }
+    }
+
+    /// Removes what an earlier run has left of ports that are no more.
+    pub(super) fn forget_the_gone(&mut self) {
+        let Some(kernel) = &mut self.kernel else { return };
+        let names: std::collections::HashSet<String> =
+            self.ports.iter().map(|(_, port)| port.config.device.clone()).collect();
+        let memberships = self.ports.iter().map(|(_, port)| &port.config.membership);
+        match kernel.remove_stale(memberships, |name| names.contains(name)) {
+            Ok(left) => {
+                for name in left {
+                    if let Some(link) = self.monitor.links().by_name(&name) {
+                        info!("{name}: no port any more: sealed");
+                        self.host.seal_again(&name, link.index);
+                    }
+                }
+            }
+            Err(error) => warn!("what an earlier run has left may still be there: {error}"),
+        }
+    }
+
+    /// What moves frames, in a word or two.
+    pub(super) fn datapath(&self) -> &'static str {
+        let in_kernel = self.ports.iter().filter(|(_, port)| port.in_kernel).count();
+        match in_kernel {
+            0 if self.kernel.is_none() || self.ports.len() > 0 => "packet",
+            number if number == self.ports.len() => "kernel",
+            _ => "kernel and packet",
+        }
+    }
+
+    /// Whether somebody looks at this port's frames.
+    fn is_captured(&self, position: PortIndex) -> bool {
+        self.captured_places().any(|place| match place {
+            Place::Everywhere | Place::Uplink => true,
+            Place::Port(other) => other == position,
+        })
+    }
+
+    /// Enters a device in the books, and gives it to its worker.
+    fn enter_device(&mut self, position: PortIndex, link: &LinkState, device: Device) {
+        let counter = match device.kernel_counter() {
+            Ok(counter) => counter,
+            Err(error) => {
+                warn!("{}: {error}", link.name);
+                None
+            }
+        };
+        if let Some(attached) =
+            self.ports.get_mut(position).and_then(|port| port.attached.as_mut())
+        {
+            attached.counter = counter;
+            attached.slots = device.position().1;
+        }
+        self.attach_devices(vec![(position, Box::new(device))], Vec::new());
+    }
+
+    /// Takes the kernel path off the uplink and the ports: who serves them next finds none
+    /// of it. What guests send is dropped from then on.
+    pub(super) fn take_kernel_path_away(&mut self) {
+        if self.kernel.is_none() {
+            return;
+        }
+        let uplink = self.uplink.attached.as_ref().map(|(index, ..)| *index);
+        let place = self.kernel.take().and_then(|kernel| kernel.place().map(Path::to_owned));
+        if let Err(error) = kernel::remove(place.as_deref(), uplink) {
+            warn!("the kernel path may still be there: {error}");
+        }
+        let indexes: Vec<u32> = self.ports.iter().filter_map(|(_, port)| port.index()).collect();
+        for index in indexes {
+            if let Err(error) = self.host.replace_guard(index, None)
+                && !error.is_device_gone()
+            {
+                warn!("{error}");
+            }
+        }
+    }
+
+    /// Whether something goes on forwarding when this process has ended.
+    pub(super) fn outlives_us(&self) -> bool {
+        self.kernel.as_ref().is_some_and(|kernel| kernel.place().is_some())
+            && self.ports.iter().any(|(_, port)| port.in_kernel)
+    }
+}
