@@ -33,6 +33,7 @@ use crate::sys::bpf::{
     self, AssemblyError, BpfError, Direction, ProgramArray, ProgramKind, Records, SharedPair,
     UplinkFilter, detach_tc, is_attached_tc,
 };
+use crate::sys::sandbox::Call;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -54,6 +55,16 @@ const PORT_PREFIX: &str = "port-";
 const PAIR_PREFIX: &str = "pair-";
 /// What an MTU does not count of a frame (`packet_snd` draws the line for a 0x8100 tag).
 const ETHERNET: u32 = 14;
+
+/// What finding and removing pins takes.
+pub const CALLS: &[Call] = &[
+    Call::any(libc::SYS_getdents64),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_rmdir),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_mkdir),
+    Call::any(libc::SYS_mkdirat),
+];
 
 const REASONS: Reasons = Reasons {
     spoofed_mac: DropReason::SpoofedMac as u8,

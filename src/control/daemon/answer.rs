@@ -2,6 +2,7 @@
 
 use super::Daemon;
 use super::change::ChangeError;
+use super::paths::handed;
 use super::ports::Port;
 use super::watch::{WatchedDrops, wall_clock};
 use crate::control::api::{
@@ -15,6 +16,7 @@ use crate::control::mapping::{self, Origin, PortConfig};
 use crate::control::report::{Report, port_state, unmapped};
 use crate::control::server::{ClientId, Refusal, Wish};
 use crate::dataplane::FlowSnapshot;
+use crate::dataplane::kernel::KernelPath;
 use crate::switch::DropReason;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -270,19 +272,16 @@ impl Daemon {
     /// What came from the wire, whoever served it.
     pub(super) fn uplink_flow(&self) -> FlowSnapshot {
         let mut flow = self.workers.uplink_flow();
-        let Some(kernel) = &self.kernel else { return flow };
+        flow.add(&self.past);
         for path in self.ports.iter().filter_map(|(_, port)| port.path.as_ref()) {
             if let Ok((_, to_guest)) = path.flows() {
-                // Handed to a port: what became of it there is the port's.
-                flow.in_frames += to_guest.in_frames;
-                flow.in_bytes += to_guest.in_bytes;
-                flow.out_frames += to_guest.in_frames;
-                flow.out_bytes += to_guest.in_bytes;
+                flow.add(&handed(&to_guest));
             }
         }
-        match kernel.unmapped() {
-            Ok(unmapped) => flow.add(&unmapped),
-            Err(error) => warn!("{error}"),
+        match self.kernel.as_ref().map(KernelPath::unmapped) {
+            Some(Ok(unmapped)) => flow.add(&unmapped),
+            Some(Err(error)) => warn!("{error}"),
+            None => {}
         }
         flow
     }

@@ -33,7 +33,7 @@ use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bin
 use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
-use crate::dataplane::Abilities;
+use crate::dataplane::{Abilities, FlowSnapshot};
 use crate::dataplane::kernel::KernelPath;
 use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
@@ -101,6 +101,8 @@ pub struct Daemon {
     kernel: Option<KernelPath>,
     /// Why not, if it is not.
     why_packet: String,
+    /// What programs that are no more had taken from the uplink.
+    past: FlowSnapshot,
     uplink: Uplink,
     ports: Ports,
     /// What the uplink's filter lets in.
@@ -196,6 +198,7 @@ impl Daemon {
             monitor,
             kernel,
             why_packet,
+            past: FlowSnapshot::default(),
             uplink: Uplink { filter, steering, mtu, slots: 0, attached: None, watched },
             ports,
             claims,

@@ -28,7 +28,7 @@ use crate::control::mapping::PortConfig;
 use crate::control::placement;
 use crate::control::start_error::StartError;
 use crate::dataplane::kernel::{self, KernelPath, KernelPathError, Target};
-use crate::dataplane::Place;
+use crate::dataplane::{FlowSnapshot, Place};
 use crate::port::{Device, NetdevOptions};
 use crate::switch::{Membership, PortIndex};
 use crate::sys::bpf::{self, SharedPair, is_bpf_file_system};
@@ -62,9 +62,22 @@ pub fn pin_folder(uplink: &str) -> PathBuf {
     Path::new(BPF_FOLDER).join(OUR_FOLDER).join(name)
 }
 
+/// Whether this process has the first one's mounts: what it mounts outlives it.
+fn sees_what_the_host_sees() -> bool {
+    let mounts = |process: &str| fs::metadata(format!("/proc/{process}/ns/mnt"));
+    match (mounts("self"), mounts("1")) {
+        (Ok(ours), Ok(first)) => ours.ino() == first.ino(),
+        _ => false,
+    }
+}
+
 /// The folder of the pins, in a BPF file system, which is mounted if need be.
 fn usable_pin_folder(uplink: &str) -> Option<PathBuf> {
     let root = Path::new(BPF_FOLDER);
+    if !is_bpf_file_system(root) && !sees_what_the_host_sees() {
+        // What is mounted here would vanish with us, and the pins with it.
+        return None;
+    }
     if !is_bpf_file_system(root)
         && let Err(errno) =
             mount(Some("bpf"), root, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
@@ -95,6 +108,17 @@ pub fn open_kernel_path(config: &Config) -> Result<(Option<KernelPath>, String),
             warn!("the packet path serves all ports: no kernel path: {error}");
             Ok((None, format!("no kernel path: {error}")))
         }
+    }
+}
+
+/// What a port's program has taken from the uplink: what became of it is the port's.
+pub fn handed(to_guest: &FlowSnapshot) -> FlowSnapshot {
+    FlowSnapshot {
+        in_frames: to_guest.in_frames,
+        in_bytes: to_guest.in_bytes,
+        out_frames: to_guest.in_frames,
+        out_bytes: to_guest.in_bytes,
+        ..FlowSnapshot::default()
     }
 }
 
@@ -276,6 +300,9 @@ impl Daemon {
 
     /// Takes the port out of the kernel path for good.
     pub(super) fn leave_kernel_path(&mut self, port: &mut Port) {
+        if let Some(Ok((_, to_guest))) = port.path.as_ref().map(kernel::PortPath::flows) {
+            self.past.add(&handed(&to_guest));
+        }
         let Some(kernel) = &mut self.kernel else { return };
         let mut left = kernel.release(port.number, &port.config.membership);
         if let Some(path) = &mut port.path {
@@ -736,6 +763,11 @@ impl Daemon {
             return;
         }
         let uplink = self.uplink.attached.as_ref().map(|(index, ..)| *index);
+        match self.kernel.as_ref().map(KernelPath::unmapped) {
+            Some(Ok(unmapped)) => self.past.add(&unmapped),
+            Some(Err(error)) => warn!("{error}"),
+            None => {}
+        }
         let place = self.kernel.take().and_then(|kernel| kernel.place().map(Path::to_owned));
         if let Err(error) = kernel::remove(place.as_deref(), uplink) {
             warn!("the kernel path may still be there: {error}");

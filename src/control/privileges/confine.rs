@@ -11,6 +11,7 @@ use crate::control::accounts;
 use crate::control::capture;
 use crate::control::config::{Config, Datapath, Metrics, SandboxMode, persist};
 use crate::control::{links, server, store};
+use crate::dataplane::kernel;
 use crate::port::INTERNAL_CALLS;
 use crate::sys::sandbox::{
     Call, Extent, Filter, RUNTIME, Restricted, SandboxError, THREADS, Use, Verdict, restrict_files,
@@ -67,6 +68,7 @@ pub fn worker_calls() -> impl Iterator<Item = Call> {
 pub fn control_calls(kernel_path: bool) -> impl Iterator<Item = Call> {
     let lists = [
         if kernel_path { bpf::PATH_CALLS } else { &[] },
+        if kernel_path { kernel::CALLS } else { &[] },
         RUNTIME,
         THREADS,
         LOOP,

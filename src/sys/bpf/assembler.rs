@@ -107,6 +107,8 @@ pub enum Condition {
 pub enum Helper {
     /// `void *bpf_map_lookup_elem(map, key)`
     MapLookup = 1,
+    /// `long bpf_skb_store_bytes(skb, u32 offset, const void *from, u32 len, u64 flags)`
+    StoreBytes = 9,
     /// `long bpf_tail_call(ctx, program_array, index)`: does not return if there is a program
     TailCall = 12,
     /// `long bpf_skb_vlan_push(skb, __be16 vlan_proto, u16 vlan_tci)`
@@ -382,6 +384,11 @@ impl Program {
     ) -> &mut Self {
         self.jumps.push((self.instructions.len(), target));
         self.push_operand(CLASS_JMP | condition as u8, left, right.into(), 0)
+    }
+
+    /// Whether something written so far jumps to `label`.
+    pub fn is_used(&self, label: Label) -> bool {
+        self.jumps.iter().any(|(_, target)| *target == label)
     }
 
     /// The instructions, with every jump resolved.

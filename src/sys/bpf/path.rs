@@ -49,6 +49,9 @@ const IPV6: u16 = 0x86dd;
 const TCP: i32 = 6;
 const UDP: i32 = 17;
 
+/// BPF_F_RECOMPUTE_CSUM, include/uapi/linux/bpf.h.
+const RECOMPUTE_CHECKSUM: i32 = 1;
+
 /// Places on the stack.
 const KEY: i16 = -4;
 const BYTES: i16 = -16;
@@ -237,6 +240,7 @@ impl FromGuest<'_> {
             writer.program.place(ours);
         }
         writer.measure();
+        writer.check_tags(reasons.malformed);
         writer.check_sources(&rules.sources, reasons.spoofed_mac);
         writer.measure_segments(reasons);
         if rules.is_uniform() {
@@ -282,8 +286,8 @@ impl FromGuest<'_> {
                 .program
                 .jump_if(R5, Condition::Equal, be(0x8100), known)
                 .jump_if(R5, Condition::Equal, be(0x88a8), known);
-            let unable = writer.unable_label(reasons.bad_offload);
-            writer.program.jump(unable).place(known);
+            self.write_over(&mut writer, rules.priority_tagged);
+            writer.program.place(known);
         }
         self.act(&mut writer, rules.priority_tagged, own_tpid);
 
@@ -302,10 +306,51 @@ impl FromGuest<'_> {
             }
             Action::Rewrite { pop, push, copy_priority } => (pop, push, copy_priority),
         };
-        let reasons = self.reasons;
         let pushed: Vec<PushTag> = push.into_iter().flatten().collect();
         let growth = TAG * (pushed.len() as i32 - i32::from(pop));
         let outer = pushed.first().map(|tag| tag.tpid).or(own_tpid);
+        self.check_way(writer, growth, outer);
+        if pop {
+            let failed = writer.drop_label(self.reasons.send_failed);
+            writer.pop(failed);
+        }
+        self.push_and_send(writer, &pushed, copy_priority, growth);
+    }
+
+    /// Ends the program as an action does that takes off the guest's own tag and puts on
+    /// others: by writing the innermost of them over it, where it stands in the bytes.
+    fn write_over(&self, writer: &mut Writer<'_>, action: Action) {
+        let Action::Rewrite { push, copy_priority, .. } = action else { return };
+        let pushed: Vec<PushTag> = push.into_iter().flatten().collect();
+        let (Some(outer), Some((inner, outside))) = (pushed.first(), pushed.split_last()) else {
+            return;
+        };
+        let growth = TAG * outside.len() as i32;
+        self.check_way(writer, growth, Some(outer.tpid));
+        let failed = writer.drop_label(self.reasons.send_failed);
+        Self::priority(&mut writer.program, inner, copy_priority);
+        writer
+            .program
+            .store(Width::Half, R10, BYTES, be(inner.tpid))
+            // The upper byte first, whatever order the machine has.
+            .store(Width::Byte, R10, BYTES + 3, R3)
+            .alu(Alu::ShiftRight, R3, 8)
+            .store(Width::Byte, R10, BYTES + 2, R3)
+            .mov(R1, R6)
+            .mov(R2, MACS)
+            .mov(R3, R10)
+            .alu(Alu::Add, R3, i32::from(BYTES))
+            .mov(R4, TAG)
+            .mov(R5, RECOMPUTE_CHECKSUM)
+            .call(Helper::StoreBytes)
+            .jump_if(R0, Condition::NotEqual, 0, failed);
+        self.push_and_send(writer, outside, copy_priority, growth);
+    }
+
+    /// Drops a frame that cannot go out, grown by this much, with this tag in front; else
+    /// R9 is the uplink's index.
+    fn check_way(&self, writer: &mut Writer<'_>, growth: i32, outer: Option<u16>) {
+        let reasons = self.reasons;
         let down = writer.drop_label(reasons.uplink_down);
         let too_long = writer.drop_label(reasons.too_long);
         writer
@@ -317,21 +362,32 @@ impl FromGuest<'_> {
             .load(Width::Double, R3, R10, LONGEST)
             .alu(Alu::Add, R3, growth - if outer == Some(0x8100) { TAG } else { 0 })
             .jump_if(R3, Condition::Greater, R2, too_long);
-        let failed = writer.drop_label(reasons.send_failed);
-        if pop {
-            writer.pop(failed);
+    }
+
+    /// `R3 = the TCI` of a tag to put on.
+    fn priority(program: &mut Program, tag: &PushTag, copy_priority: bool) {
+        if copy_priority {
+            program
+                .mov(R3, R8)
+                .alu(Alu::And, R3, 0xf000)
+                .alu(Alu::Or, R3, i32::from(tag.tci & 0xfff));
+        } else {
+            program.mov(R3, i32::from(tag.tci));
         }
+    }
+
+    /// Puts tags on, given outermost first, counts, and sends to the index in R9.
+    fn push_and_send(
+        &self,
+        writer: &mut Writer<'_>,
+        pushed: &[PushTag],
+        copy_priority: bool,
+        growth: i32,
+    ) {
+        let failed = writer.drop_label(self.reasons.send_failed);
         for tag in pushed.iter().rev() {
+            Self::priority(&mut writer.program, tag, copy_priority);
             writer.program.mov(R1, R6).mov(R2, be(tag.tpid));
-            if copy_priority {
-                writer
-                    .program
-                    .mov(R3, R8)
-                    .alu(Alu::And, R3, 0xf000)
-                    .alu(Alu::Or, R3, i32::from(tag.tci & 0xfff));
-            } else {
-                writer.program.mov(R3, i32::from(tag.tci));
-            }
             writer.program.call(Helper::VlanPush).jump_if(R0, Condition::NotEqual, 0, failed);
         }
         writer.count_sent(growth);
@@ -359,6 +415,7 @@ impl ToGuest<'_> {
             writer.program.place(ours);
         }
         writer.measure();
+        writer.check_tags(reasons.malformed);
         if self.refuse_inner {
             let refused = writer.drop_label(reasons.inner_tag);
             if self.pop == 1 {
@@ -621,6 +678,29 @@ impl<'a> Writer<'a> {
             .place(untagged);
     }
 
+    /// Drops a frame that ends inside a tag or right behind one. R7 must be known.
+    fn check_tags(&mut self, malformed: u8) {
+        let whole = self.program.label();
+        let cut = self.drop_label(malformed);
+        // As many tags as anybody looks at, and an EtherType.
+        let enough = ETHERNET + 3 * TAG;
+        self.program
+            .jump_if(R7, Condition::GreaterOrEqual, enough, whole)
+            .load(Width::Word, R8, R6, skb::LEN)
+            .load(Width::Word, R9, R6, skb::PROTOCOL);
+        for tags in 1..=3 {
+            let tagged = self.program.label();
+            self.jump_if_tpid(R9, tagged);
+            self.program.jump(whole).place(tagged);
+            let needed = ETHERNET + tags * TAG;
+            self.program.jump_if(R8, Condition::Less, needed, cut);
+            self.program.mov(R2, needed - 2);
+            self.load_bytes_from_r2(2, cut);
+            self.program.load(Width::Half, R9, R10, BYTES);
+        }
+        self.program.place(whole);
+    }
+
     /// Reads bytes of the frame, without the tag that was taken out, to the stack.
     fn load_bytes(&mut self, offset: i32, length: i32, reason: u8) {
         let short = self.drop_label(reason);
@@ -832,6 +912,10 @@ impl<'a> Writer<'a> {
     /// The program, with the drops behind it.
     fn finish(mut self) -> Result<Vec<Instruction>, AssemblyError> {
         for (reason, unable, label) in std::mem::take(&mut self.drops) {
+            if !self.program.is_used(label) {
+                // The verifier takes no instruction that is never reached.
+                continue;
+            }
             self.program.place(label);
             self.look_up(self.records, self.entry);
             self.add(Record::DROPS + usize::from(reason), 1);
