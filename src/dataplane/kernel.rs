@@ -173,8 +173,6 @@ pub struct PortPath {
     target: Option<Target>,
     /// Programs that entries lead to.
     programs: Vec<(Removal, OwnedFd)>,
-    /// Entries that lead to them.
-    entered: Vec<Key>,
     /// Drops the kernel counted at the device's queue, and those of them that were for a
     /// guest that was not there.
     queue: QueueDrops,
@@ -331,7 +329,6 @@ impl KernelPath {
             pin,
             target: None,
             programs: Vec::new(),
-            entered: Vec::new(),
             queue: QueueDrops { index: index as u32, seen, full, absent },
             unable,
         })
@@ -362,7 +359,8 @@ impl KernelPath {
 
     /// Leads the frames of a port's VLANs to its guest, at `target` from now on; `None` if
     /// there is no device. In a transition, those the uplink's filter has taken are left to
-    /// the packet path. VLANs it had before and has no more are let go of.
+    /// the packet path. VLANs it had before stay its own until they are
+    /// [released](KernelPath::release), so that whoever is to have them can take them first.
     ///
     /// # Errors
     /// [`KernelPathError`]: some of its entries may have changed.
@@ -375,7 +373,6 @@ impl KernelPath {
     ) -> Result<(), KernelPathError> {
         let present = target.filter(|target| target.is_up);
         let mut programs: Vec<(Removal, OwnedFd)> = Vec::new();
-        let mut entered = Vec::new();
         for (key, removal) in keys(membership) {
             if !programs.iter().any(|(other, _)| *other == removal) {
                 let limit = present.map(|target| target.mtu).filter(|mtu| *mtu < UNLIMITED_MTU);
@@ -395,17 +392,10 @@ impl KernelPath {
             if let Some((_, program)) = program {
                 self.lead(key, program.as_fd())?;
                 self.owners.insert(key, port.number);
-                entered.push(key);
             }
         }
-        let gone: Vec<Key> =
-            port.entered.iter().filter(|key| !entered.contains(key)).copied().collect();
         port.programs = programs;
-        port.entered = entered;
         port.target = target;
-        for key in gone {
-            self.let_go(key, port.number)?;
-        }
         Ok(())
     }
 
@@ -427,26 +417,28 @@ impl KernelPath {
         Ok(())
     }
 
-    /// Lets go of VLANs of the port of this number, as far as they are still its own: they
-    /// are the host's.
+    /// Lets go of the VLANs of the port of this number, as far as they are still its own, but
+    /// for those of `kept`: they are the host's.
     ///
     /// # Errors
     /// [`KernelPathError`].
-    pub fn release(&mut self, number: u64, membership: &Membership) -> Result<(), KernelPathError> {
-        for (key, _) in keys(membership).filter(|(key, _)| key.outer.0.index() < 2) {
-            self.let_go(key, number)?;
-        }
-        Ok(())
+    pub fn release(
+        &mut self,
+        number: u64,
+        kept: Option<&Membership>,
+    ) -> Result<(), KernelPathError> {
+        let kept: Vec<Key> = kept.into_iter().flat_map(keys).map(|(key, _)| key).collect();
+        let owned = self.owners.iter().filter(|(key, owner)| **owner == number && !kept.contains(key));
+        let owned: Vec<Key> = owned.map(|(key, _)| *key).collect();
+        owned.into_iter().try_for_each(|key| self.let_go(key, number))
     }
 
     /// Leaves a port for good: its records go too.
     ///
     /// # Errors
     /// [`KernelPathError`].
-    pub fn leave(&mut self, port: &mut PortPath) -> Result<(), KernelPathError> {
-        for key in std::mem::take(&mut port.entered) {
-            self.let_go(key, port.number)?;
-        }
+    pub fn leave(&mut self, port: &PortPath) -> Result<(), KernelPathError> {
+        self.release(port.number, None)?;
         if let Some(pin) = &port.pin {
             unpin(pin);
         }

@@ -266,6 +266,16 @@ impl Daemon {
                 warn!("{}: the kernel path may not have all of its options: {error}", config.device);
             }
         }
+        // Not before: what one of them lets go of another may have by now.
+        let Some(kernel) = &mut self.kernel else { return };
+        for (position, config) in changed {
+            let number = self.ports.get(*position).map(|port| port.number);
+            let released =
+                number.map(|number| kernel.release(number, Some(&config.membership)));
+            if let Some(Err(error)) = released {
+                warn!("{}: the kernel path may have more of it than it should: {error}", config.device);
+            }
+        }
     }
 
     fn try_to_change(
@@ -278,14 +288,7 @@ impl Daemon {
         };
         let index = port.index();
         if !port.in_kernel {
-            kernel.pass(port.number, &config.membership)?;
-            // Those it has no more, unless another has them by now.
-            let (old, number) = (&port.config.membership, port.number);
-            if *old != config.membership {
-                kernel.release(number, old)?;
-                kernel.pass(number, &config.membership)?;
-            }
-            return Ok(());
+            return Ok(kernel.pass(port.number, &config.membership)?);
         }
         let Some(path) = &mut port.path else { return Ok(()) };
         let name = crate::control::host::SEAL_NAME;
@@ -299,13 +302,13 @@ impl Daemon {
     }
 
     /// Takes the port out of the kernel path for good.
-    pub(super) fn leave_kernel_path(&mut self, port: &mut Port) {
+    pub(super) fn leave_kernel_path(&mut self, port: &Port) {
         if let Some(Ok((_, to_guest))) = port.path.as_ref().map(kernel::PortPath::flows) {
             self.past.add(&handed(&to_guest));
         }
         let Some(kernel) = &mut self.kernel else { return };
-        let mut left = kernel.release(port.number, &port.config.membership);
-        if let Some(path) = &mut port.path {
+        let mut left = kernel.release(port.number, None);
+        if let Some(path) = &port.path {
             left = left.and(kernel.leave(path));
         }
         if let Err(error) = left {
