@@ -71,6 +71,9 @@ pub struct Found {
     /// The ports that were not created.
     #[serde(default)]
     pub ports: Vec<FoundPort>,
+    /// Its process stopped in order, and the kernel path goes on.
+    #[serde(default)]
+    pub goes_on: bool,
 }
 
 /// The file.
@@ -130,11 +133,12 @@ impl Record {
         }
     }
 
-    /// Writes it, if it is not what was written last: whole or not at all.
-    pub fn write(&mut self, uplink: Option<&FoundUplink>, ports: Vec<FoundPort>) {
+    /// Writes it, if it is not what was written last: whole or not at all. `goes_on` if the
+    /// process stops now and the kernel path does not.
+    pub fn write(&mut self, uplink: Option<&FoundUplink>, ports: Vec<FoundPort>, goes_on: bool) {
         let Some(path) = &self.path else { return };
         let (subject, pid) = (self.subject.clone(), std::process::id());
-        let found = Found { subject, pid, uplink: uplink.cloned(), ports };
+        let found = Found { subject, pid, uplink: uplink.cloned(), ports, goes_on };
         let Ok(text) = serde_json::to_string(&found) else { return };
         if text == self.written {
             return;

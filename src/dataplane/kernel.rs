@@ -22,9 +22,7 @@
 
 use super::FlowSnapshot;
 use crate::frame::{Tag, TagEdit, Tpid, Vid};
-use crate::switch::{
-    DropReason, GuestRule, GuestRules, Membership, PoliceRule, Removal, Vlans,
-};
+use crate::switch::{DropReason, GuestRule, GuestRules, Membership, PoliceRule, Removal, Vlans};
 use crate::sys::bpf::path::{
     self, Action, Allowed, DISPATCH_ENTRIES, FROM_GUEST, FromGuest, PushTag, Reasons, Record,
     TO_GUEST, ToGuest,
@@ -241,10 +239,8 @@ impl KernelPath {
     /// [`KernelPathError`]: capabilities, memory, or a kernel that lacks something.
     pub fn open(place: Option<&Path>) -> Result<Self, KernelPathError> {
         if let Some(place) = place {
-            fs::create_dir_all(place).map_err(|source| KernelPathError::Pins {
-                place: place.to_owned(),
-                source,
-            })?;
+            fs::create_dir_all(place)
+                .map_err(|source| KernelPathError::Pins { place: place.to_owned(), source })?;
         }
         let pin = |name: &str| place.map(|place| place.join(name));
         Ok(Self {
@@ -312,11 +308,7 @@ impl KernelPath {
     ///
     /// # Errors
     /// [`KernelPathError`].
-    pub fn port(
-        &self,
-        number: u64,
-        device: &str,
-    ) -> Result<PortPath, KernelPathError> {
+    pub fn port(&self, number: u64, device: &str) -> Result<PortPath, KernelPathError> {
         let pin = self.place.as_ref();
         let pin = pin.map(|place| place.join(format!("{PORT_PREFIX}{}", pin_name(device))));
         let records = Records::at(pin.as_deref(), RECORDS_NAME, PORT_ENTRIES)?;
@@ -428,7 +420,8 @@ impl KernelPath {
         kept: Option<&Membership>,
     ) -> Result<(), KernelPathError> {
         let kept: Vec<Key> = kept.into_iter().flat_map(keys).map(|(key, _)| key).collect();
-        let owned = self.owners.iter().filter(|(key, owner)| **owner == number && !kept.contains(key));
+        let owned =
+            self.owners.iter().filter(|(key, owner)| **owner == number && !kept.contains(key));
         let owned: Vec<Key> = owned.map(|(key, _)| *key).collect();
         owned.into_iter().try_for_each(|key| self.let_go(key, number))
     }
@@ -456,8 +449,7 @@ impl KernelPath {
             let pin = self.place.as_ref();
             let pin = pin.map(|place| place.join(format!("{PAIR_PREFIX}{tpid}-{vid}")));
             let programs = ProgramArray::at(pin.as_deref(), ARRAY_NAME, DISPATCH_ENTRIES)?;
-            let dispatcher =
-                path::pair_program(programs.as_fd(), self.records.as_fd(), &REASONS)?;
+            let dispatcher = path::pair_program(programs.as_fd(), self.records.as_fd(), &REASONS)?;
             let dispatcher = bpf::load(ProgramKind::SchedCls, TO_GUEST_NAME, &dispatcher)?;
             programs.set(entry(inner), program)?;
             self.programs.set(entry(key.outer), dispatcher.as_fd())?;

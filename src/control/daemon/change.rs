@@ -10,11 +10,11 @@
 use super::Daemon;
 use super::devices::{Opened, close_opened};
 use super::ports::Port;
-use crate::control::placement::{Key, keys};
 use crate::control::api::{EventKind, ReloadReply};
 use crate::control::checks;
 use crate::control::config::{Config, ConfigErrors, diff};
 use crate::control::mapping::{DeviceKind, PortConfig};
+use crate::control::placement::{Key, keys};
 use crate::control::start_error::StartError;
 use crate::frame::{Tpid, Vid};
 use crate::switch::{Conflict, Membership, PortIndex, Table};

@@ -15,22 +15,30 @@ impl Daemon {
     /// Learns what a process that was killed had found, to put that back one day and not
     /// what the devices are like now.
     pub(super) fn learn_from_record(&mut self) {
-        let Some(Found { pid, uplink, ports, .. }) = self.record.read() else { return };
+        let Some(Found { pid, uplink, ports, goes_on, .. }) = self.record.read() else { return };
+        self.host.remember(ports, uplink);
+        if goes_on {
+            return;
+        }
         warn!(
             "the vlanswitchd before (process {pid}) did not stop in order: it was killed, or what \
              it left in a service manager's store was dropped: frames were lost, and counters \
-             start again"
+             start again{}",
+            if self.kernel.is_some() {
+                ", but not those of the kernel path, which went on"
+            } else {
+                ""
+            }
         );
-        self.host.remember(ports, uplink);
     }
 
     /// Writes down what there is to put back.
-    pub(super) fn keep_record(&mut self) {
+    pub(super) fn keep_record(&mut self, goes_on: bool) {
         let uplink = self.uplink.attached.as_ref().map(|(_, _, found)| found);
         let ports = self.ports.iter();
         let found = ports.filter_map(|(_, port)| port.attached.as_ref()?.found.clone());
         let found: Vec<FoundPort> = found.collect();
-        self.record.write(uplink, found);
+        self.record.write(uplink, found, goes_on);
     }
 }
 

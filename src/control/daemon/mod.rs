@@ -33,8 +33,8 @@ use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bin
 use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
-use crate::dataplane::{Abilities, FlowSnapshot};
 use crate::dataplane::kernel::KernelPath;
+use crate::dataplane::{Abilities, FlowSnapshot};
 use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
@@ -255,7 +255,7 @@ impl Daemon {
                 );
             }
         }
-        daemon.keep_record();
+        daemon.keep_record(false);
         daemon.confined = Some(daemon.confine()?);
         Ok(daemon)
     }
@@ -332,7 +332,7 @@ impl Daemon {
     /// Stops, and says what does not. Returns the last report.
     fn end(&mut self) -> String {
         if self.outlives_us() {
-            self.keep_record();
+            self.keep_record(true);
             self.stop();
             let name = &self.name;
             info!(
@@ -374,10 +374,9 @@ impl Daemon {
                 self.take_notices();
                 self.attach_left_out();
                 self.end_captures();
-                self.look_for_unable();
-                self.settle_paths();
+                self.look_at_paths();
                 self.host.restore_queueing();
-                self.keep_record();
+                self.keep_record(false);
                 next_tick = now + TICK;
             }
             if events.is_empty()

@@ -21,9 +21,9 @@ use super::Daemon;
 use super::devices::open;
 use super::ports::Port;
 use crate::control::api::EventKind;
+use crate::control::checks;
 use crate::control::config::{Config, Datapath};
 use crate::control::links::LinkState;
-use crate::control::checks;
 use crate::control::mapping::PortConfig;
 use crate::control::placement;
 use crate::control::start_error::StartError;
@@ -33,6 +33,7 @@ use crate::port::{Device, NetdevOptions};
 use crate::switch::{Membership, PortIndex};
 use crate::sys::bpf::{self, SharedPair, is_bpf_file_system};
 use nix::mount::{MsFlags, mount};
+use nix::unistd::getppid;
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -56,17 +57,19 @@ pub fn pin_folder(uplink: &str) -> PathBuf {
     };
     let name = uplink.replace('%', "%25").replace('.', "%2e");
     let name = match (namespace("self"), namespace("1")) {
-        (Some(ours), Some(first)) if ours != first => format!("{name}-{ours}"),
+        // Where it cannot be told, as if it were another: names must not be taken twice.
+        (Some(ours), first) if first != Some(ours) => format!("{name}-{ours}"),
         _ => name,
     };
     Path::new(BPF_FOLDER).join(OUR_FOLDER).join(name)
 }
 
-/// Whether this process has the first one's mounts: what it mounts outlives it.
-fn sees_what_the_host_sees() -> bool {
+/// Whether this process has the mounts of who started it: what it mounts outlives it. `ip netns
+/// exec` makes mounts of their own, which end with what it starts.
+fn shares_mounts() -> bool {
     let mounts = |process: &str| fs::metadata(format!("/proc/{process}/ns/mnt"));
-    match (mounts("self"), mounts("1")) {
-        (Ok(ours), Ok(first)) => ours.ino() == first.ino(),
+    match (mounts("self"), mounts(&getppid().to_string())) {
+        (Ok(ours), Ok(parents)) => ours.ino() == parents.ino(),
         _ => false,
     }
 }
@@ -74,8 +77,12 @@ fn sees_what_the_host_sees() -> bool {
 /// The folder of the pins, in a BPF file system, which is mounted if need be.
 fn usable_pin_folder(uplink: &str) -> Option<PathBuf> {
     let root = Path::new(BPF_FOLDER);
-    if !is_bpf_file_system(root) && !sees_what_the_host_sees() {
-        // What is mounted here would vanish with us, and the pins with it.
+    if !is_bpf_file_system(root) && !shares_mounts() {
+        warn!(
+            "{BPF_FOLDER} is no BPF file system, and one mounted here would not last: the kernel \
+             path ends with this process, and a restart loses frames; `mount -t bpf bpf \
+             {BPF_FOLDER}` before makes it last"
+        );
         return None;
     }
     if !is_bpf_file_system(root)
@@ -263,17 +270,22 @@ impl Daemon {
     pub(super) fn lead_changed(&mut self, changed: &[(PortIndex, PortConfig)]) {
         for (position, config) in changed {
             if let Err(error) = self.try_to_change(*position, config) {
-                warn!("{}: the kernel path may not have all of its options: {error}", config.device);
+                warn!(
+                    "{}: the kernel path may not have all of its options: {error}",
+                    config.device
+                );
             }
         }
         // Not before: what one of them lets go of another may have by now.
         let Some(kernel) = &mut self.kernel else { return };
         for (position, config) in changed {
             let number = self.ports.get(*position).map(|port| port.number);
-            let released =
-                number.map(|number| kernel.release(number, Some(&config.membership)));
+            let released = number.map(|number| kernel.release(number, Some(&config.membership)));
             if let Some(Err(error)) = released {
-                warn!("{}: the kernel path may have more of it than it should: {error}", config.device);
+                warn!(
+                    "{}: the kernel path may have more of it than it should: {error}",
+                    config.device
+                );
             }
         }
     }
@@ -456,8 +468,21 @@ impl Daemon {
         }
     }
 
+    /// Looks after the kernel path; to be called once a second.
+    pub(super) fn look_at_paths(&mut self) {
+        self.look_for_unable();
+        self.settle_paths();
+        // A program detached from TCX makes no notification.
+        let index = self.uplink.attached.as_ref().map(|(index, ..)| *index);
+        if let Some(text) = index
+            .and_then(|index| self.keep_dispatcher(index, "a program was taken from its tc hook"))
+        {
+            self.tell(EventKind::Seal, Some(&self.name.clone()), text);
+        }
+    }
+
     /// Looks for guests that send what only the packet path can pass on.
-    pub(super) fn look_for_unable(&mut self) {
+    fn look_for_unable(&mut self) {
         for (_, port) in self.ports.iter_mut().filter(|(_, port)| port.in_kernel) {
             let unable = port.path.as_mut().map(kernel::PortPath::take_unable);
             if matches!(unable, Some(Ok(true))) {
@@ -547,14 +572,13 @@ impl Daemon {
     /// Puts programs in transition in their places.
     fn begin_transition(&mut self, position: PortIndex, index: Option<u32>) {
         let program = self.guest_program(position, true);
-        let guarded = program.map_err(StartError::from).and_then(|program| {
-            match (index, program) {
+        let guarded =
+            program.map_err(StartError::from).and_then(|program| match (index, program) {
                 (Some(index), Some(program)) => {
                     Ok(self.host.replace_guard(index, Some(program))?)
                 }
                 _ => Ok(()),
-            }
-        });
+            });
         let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
         let led = self.try_to_lead(position, link.as_ref(), true).map_err(StartError::from);
         if let Err(error) = guarded.and(led) {
@@ -750,8 +774,7 @@ impl Daemon {
                 None
             }
         };
-        if let Some(attached) =
-            self.ports.get_mut(position).and_then(|port| port.attached.as_mut())
+        if let Some(attached) = self.ports.get_mut(position).and_then(|port| port.attached.as_mut())
         {
             attached.counter = counter;
             attached.slots = device.position().1;

@@ -22,7 +22,12 @@ const BATCH: usize = 256;
 /// The kernel's own "not supported", which user space has no name for.
 const ENOTSUPP: i32 = 524;
 
-pub(super) fn create(map_type: u32, name: &str, value_size: u32, entries: u32) -> Result<OwnedFd, BpfError> {
+pub(super) fn create(
+    map_type: u32,
+    name: &str,
+    value_size: u32,
+    entries: u32,
+) -> Result<OwnedFd, BpfError> {
     let map_name = object_name(name)?;
     with_memory_lock_limit(&format!("create BPF map {name} of {entries} entries"), || {
         let mut attributes = MapCreate {

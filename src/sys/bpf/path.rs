@@ -232,10 +232,12 @@ impl FromGuest<'_> {
         if self.in_transition {
             let ours = writer.program.label();
             writer.look_up(self.records, FROM_GUEST);
-            writer
-                .program
-                .load(Width::Double, R1, R0, Record::offset(Record::DECISION))
-                .jump_if(R1, Condition::Equal, 0, ours);
+            writer.program.load(Width::Double, R1, R0, Record::offset(Record::DECISION)).jump_if(
+                R1,
+                Condition::Equal,
+                0,
+                ours,
+            );
             writer.end(TC_ACT_SHOT);
             writer.program.place(ours);
         }
@@ -282,10 +284,12 @@ impl FromGuest<'_> {
         if matches!(rules.priority_tagged, Action::Rewrite { pop: true, .. }) {
             // The helper takes these two off and knows no others.
             let known = writer.program.label();
-            writer
-                .program
-                .jump_if(R5, Condition::Equal, be(0x8100), known)
-                .jump_if(R5, Condition::Equal, be(0x88a8), known);
+            writer.program.jump_if(R5, Condition::Equal, be(0x8100), known).jump_if(
+                R5,
+                Condition::Equal,
+                be(0x88a8),
+                known,
+            );
             self.write_over(&mut writer, rules.priority_tagged);
             writer.program.place(known);
         }
@@ -367,10 +371,11 @@ impl FromGuest<'_> {
     /// `R3 = the TCI` of a tag to put on.
     fn priority(program: &mut Program, tag: &PushTag, copy_priority: bool) {
         if copy_priority {
-            program
-                .mov(R3, R8)
-                .alu(Alu::And, R3, 0xf000)
-                .alu(Alu::Or, R3, i32::from(tag.tci & 0xfff));
+            program.mov(R3, R8).alu(Alu::And, R3, 0xf000).alu(
+                Alu::Or,
+                R3,
+                i32::from(tag.tci & 0xfff),
+            );
         } else {
             program.mov(R3, i32::from(tag.tci));
         }
@@ -407,10 +412,12 @@ impl ToGuest<'_> {
         if let Some(uplink) = self.transition {
             let ours = writer.program.label();
             writer.look_up(uplink, 0);
-            writer
-                .program
-                .load(Width::Double, R1, R0, Record::offset(Record::DECISION))
-                .jump_if(R1, Condition::Equal, 0, ours);
+            writer.program.load(Width::Double, R1, R0, Record::offset(Record::DECISION)).jump_if(
+                R1,
+                Condition::Equal,
+                0,
+                ours,
+            );
             writer.end(TC_ACT_UNSPEC);
             writer.program.place(ours);
         }
@@ -729,9 +736,12 @@ impl<'a> Writer<'a> {
     /// `R2 = EtherType behind the outermost tag`, of a frame that has one.
     fn next_type(&mut self, malformed: u8) {
         let (taken_out, read) = (self.program.label(), self.program.label());
-        self.program
-            .load(Width::Word, R2, R6, skb::VLAN_PRESENT)
-            .jump_if(R2, Condition::NotEqual, 0, taken_out);
+        self.program.load(Width::Word, R2, R6, skb::VLAN_PRESENT).jump_if(
+            R2,
+            Condition::NotEqual,
+            0,
+            taken_out,
+        );
         self.load_bytes(ETHERNET + 2, 2, malformed);
         self.program
             .load(Width::Half, R2, R10, BYTES)
@@ -778,11 +788,14 @@ impl<'a> Writer<'a> {
             let next = self.program.label();
             // Unlike a constant of a jump, one of 32 bits is not to be sign-extended.
             self.program
-                .mov(R3, i32::from(u16::from_ne_bytes(if cfg!(target_endian = "little") {
-                    [c, d]
-                } else {
-                    [a, b]
-                })))
+                .mov(
+                    R3,
+                    i32::from(u16::from_ne_bytes(if cfg!(target_endian = "little") {
+                        [c, d]
+                    } else {
+                        [a, b]
+                    })),
+                )
                 .alu(Alu::ShiftLeft, R3, 16)
                 .alu(
                     Alu::Or,
@@ -827,10 +840,7 @@ impl<'a> Writer<'a> {
                 .mov(R2, R8)
                 .alu(Alu::Add, R2, 2);
             self.load_bytes_from_r2(2, end);
-            self.program
-                .load(Width::Half, R9, R10, BYTES)
-                .alu(Alu::Add, R8, TAG)
-                .place(network);
+            self.program.load(Width::Half, R9, R10, BYTES).alu(Alu::Add, R8, TAG).place(network);
         }
         let (ipv4, ipv6, transport) =
             (self.program.label(), self.program.label(), self.program.label());
@@ -882,10 +892,7 @@ impl<'a> Writer<'a> {
 
     /// Takes the outermost tag off.
     fn pop(&mut self, failed: Label) {
-        self.program
-            .mov(R1, R6)
-            .call(Helper::VlanPop)
-            .jump_if(R0, Condition::NotEqual, 0, failed);
+        self.program.mov(R1, R6).call(Helper::VlanPop).jump_if(R0, Condition::NotEqual, 0, failed);
     }
 
     /// Counts a frame that goes on, this much longer than it came.
@@ -903,10 +910,12 @@ impl<'a> Writer<'a> {
     /// Adds to a number of the record in R0.
     fn add(&mut self, place: usize, amount: i32) {
         let offset = Record::offset(place);
-        self.program
-            .load(Width::Double, R1, R0, offset)
-            .alu(Alu::Add, R1, amount)
-            .store(Width::Double, R0, offset, R1);
+        self.program.load(Width::Double, R1, R0, offset).alu(Alu::Add, R1, amount).store(
+            Width::Double,
+            R0,
+            offset,
+            R1,
+        );
     }
 
     /// The program, with the drops behind it.
@@ -923,10 +932,12 @@ impl<'a> Writer<'a> {
                 self.add(Record::UNABLE, 1);
             }
             let offset = Record::offset(Record::IN_BYTES);
-            self.program
-                .load(Width::Double, R1, R0, offset)
-                .alu(Alu::Add, R1, R7)
-                .store(Width::Double, R0, offset, R1);
+            self.program.load(Width::Double, R1, R0, offset).alu(Alu::Add, R1, R7).store(
+                Width::Double,
+                R0,
+                offset,
+                R1,
+            );
             self.end(self.verdict);
         }
         self.program.finish()
