@@ -244,7 +244,7 @@ impl Daemon {
     }
 
     /// The table that a change leads to.
-    fn table_after(
+    pub(super) fn table_after(
         &self,
         removed: &[PortIndex],
         changed: &[(PortIndex, PortConfig)],

@@ -525,6 +525,7 @@ impl Daemon {
         for position in absent {
             self.begin_transition(position, None);
         }
+        self.await_devices();
         for (position, _, switch) in &switches {
             if let Err(error) = switch.set(1, 0) {
                 warn!("port {position}: {error}");
@@ -543,6 +544,16 @@ impl Daemon {
             self.tell_path(*position, &format!("on the packet path: {reason}"));
         }
         Ok(())
+    }
+
+    /// Waits until the workers have the devices they were given: frames for a port would be
+    /// `guest_absent` until then.
+    fn await_devices(&mut self) {
+        // Any answer will do, and this one changes nothing.
+        if let Ok(table) = self.table_after(&[], &[]) {
+            self.switch_tables(table);
+            self.await_switch();
+        }
     }
 
     /// Opens the devices of ports with filters that let nothing in yet. Each comes with the

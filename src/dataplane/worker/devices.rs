@@ -66,6 +66,10 @@ impl Worker {
 
     /// Forwards what the device has already received, for a while, and gives it back.
     pub(super) fn detach(&mut self, port: Option<PortIndex>) {
+        if port.is_some() && self.held.is_none() {
+            // What has come for its guest still needs the device.
+            self.pass_on_waiting();
+        }
         self.detach_by(port, Instant::now() + DRAIN_TIME);
     }
 

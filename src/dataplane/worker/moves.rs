@@ -71,7 +71,7 @@ impl Worker {
     }
 
     /// Serves the uplink until all is gone that waits there now.
-    fn pass_on_waiting(&mut self) {
+    pub(super) fn pass_on_waiting(&mut self) {
         self.held = None;
         let mut left = self.uplink.as_deref().map_or(0, Device::waiting);
         while left > 0 {
