@@ -275,6 +275,20 @@ impl Drop for Children {
 impl Drop for Running {
     fn drop(&mut self) {
         stop(&mut self.children);
+        remove_pins();
+    }
+}
+
+/// What the kernel path leaves when its daemon ends, so that it goes on; its devices go with
+/// the namespace.
+fn remove_pins() {
+    let folders = std::fs::read_dir("/sys/fs/bpf/vlanswitchd").into_iter().flatten().flatten();
+    let ours = format!("{UPLINK}-");
+    for folder in folders.filter(|folder| folder.file_name().to_string_lossy().starts_with(&ours)) {
+        for pin in std::fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+            let _ = std::fs::remove_file(pin.path());
+        }
+        let _ = std::fs::remove_dir(folder.path());
     }
 }
 

@@ -125,7 +125,11 @@ type Absent = BTreeMap<String, String>;
 fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Absent)> {
     let mut all = vec![Datapath::macvtap()];
     if options.daemon.is_empty() {
-        all.push(Datapath::daemon(env!("CARGO_BIN_EXE_vlanswitchd"), "vlanswitchd")?);
+        let program = env!("CARGO_BIN_EXE_vlanswitchd");
+        for (label, path) in [("vlanswitchd", "packet"), ("vlanswitchd-kernel", "kernel")] {
+            let command = format!("{label}={program} --datapath {path}");
+            all.push(Datapath::daemon(&command, label)?);
+        }
     }
     for (number, command) in options.daemon.iter().enumerate() {
         all.push(Datapath::daemon(command, &format!("daemon-{}", number + 1))?);
