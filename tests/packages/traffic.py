@@ -61,6 +61,7 @@ def verdict(sender, receiver):
         "sent": sender.sent,
         "missing": len(missing),
         "first_missing": missing[:1],
+        "last_missing": missing[-1:],
         "twice": len(receiver.got) - len(got),
         "unordered": sum(1 for one, next in zip(receiver.got, receiver.got[1:]) if next < one),
     }
