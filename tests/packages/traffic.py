@@ -33,6 +33,8 @@ class End:
         self.header = addresses + (struct.pack("!HH", 0x8100, vlan) if vlan else b"") + b"\x88\xb5" + MAGIC
         self.sent = 0
         self.got = []
+        self.last = None
+        self.pause = 0.0
 
     def send(self):
         self.socket.send(self.header + struct.pack("!BI", self.number, self.sent) + bytes(40))
@@ -44,6 +46,9 @@ class End:
         if address[2] != PACKET_OUTGOING and place > 0:
             sender, count = struct.unpack_from("!BI", frame, place + len(MAGIC))
             if sender != self.number:
+                now = time.monotonic()
+                self.pause = max(self.pause, now - (self.last or now))
+                self.last = now
                 self.got.append(count)
 
 
@@ -62,6 +67,7 @@ def verdict(sender, receiver):
         "missing": len(missing),
         "first_missing": missing[:1],
         "last_missing": missing[-1:],
+        "longest_pause_ms": round(1000 * receiver.pause),
         "twice": len(receiver.got) - len(got),
         "unordered": sum(1 for one, next in zip(receiver.got, receiver.got[1:]) if next < one),
     }
