@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The Debian package in fresh Debian roots: installed, started, upgraded, purged.
 
-    tests/packages/run.py OLD.deb NEW.deb ROOT
+    tests/packages/run.py OLD.deb NEW.deb ROOT NEW.rpm
 
-ROOT is what debootstrap made; it is not changed: each part has an overlay on it, and a
+The RPM package is compared with the Debian one, and not installed. ROOT is what debootstrap made; it is not changed: each part has an overlay on it, and a
 systemd of its own in namespaces, or none. Prints a line a check and at the end
 `packages: N passed, N failed`. scripts/test-packages makes all of it.
 """
@@ -16,7 +16,7 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-OLD, NEW, ROOT = (os.path.abspath(argument) for argument in sys.argv[1:4])
+OLD, NEW, ROOT, RPM = (os.path.abspath(argument) for argument in sys.argv[1:5])
 UNITS = ["vlanswitchd", "vlanswitchd@eth1", "vlanswitchd-found", "vlanswitchd-found@eth1"]
 CONFIGURATION = '[uplink]\ndevice = "eth0"\n[[port]]\nvlan = 101\ndevice = "tap-web1"\n[[port]]\nvlan = 102\ndevice = "web2"\n'
 
@@ -281,10 +281,35 @@ def with_systemd():
         check("files are as before", not left, "\n".join(sorted(left)))
 
 
-for part in (without_systemd, with_systemd):
+def read(*words):
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def rpm():
+    """The same files, in the places of the other distributions, and scripts a shell can read."""
+    print("the RPM package:", flush=True)
+
+    def place(path):
+        path = path.removeprefix(".").removesuffix(".gz").replace("/zsh/site-functions/", "/zsh/vendor-completions/")
+        only = ("/usr/share/lintian/", "/usr/share/licenses/", "/usr/share/doc/vlanswitchd/copyright", "/usr/share/doc/vlanswitchd/changelog.Debian")
+        return None if path.startswith(only) or path.endswith("/") else path
+
+    deb = {place(line.split(maxsplit=5)[5]) for line in read("dpkg-deb", "--contents", OLD).splitlines()}
+    rpm = {place(path) for path in read("rpm", "-qlp", RPM).splitlines()}
+    check("it has the files of the Debian package", deb == rpm and len(rpm) > 40, "\n".join(sorted(map(str, deb ^ rpm))))
+    check("the configuration is kept", "/etc/vlanswitchd/vlanswitchd.toml\n" == read("rpm", "-qp", "--configfiles", RPM))
+    scripts = read("rpm", "-qp", "--scripts", RPM)
+    names = re.findall(r"^(\w+) scriptlet:$", scripts, re.M)
+    check(f"it has scripts: {', '.join(names)}", len(names) == 4, scripts)
+    bodies = re.sub(r"^\w+ scriptlet:$", "", scripts, flags=re.M)
+    done = subprocess.run(["sh", "-n"], input=bodies, capture_output=True, text=True)
+    check("a shell can read them", done.returncode == 0, done.stderr)
+
+
+for part in (rpm, without_systemd, with_systemd):
     try:
         part()
-    except (TimeoutError, subprocess.TimeoutExpired, RuntimeError, OSError) as error:
+    except (TimeoutError, subprocess.SubprocessError, RuntimeError, OSError) as error:
         check(f"{part.__name__} to its end", False, error)
 print(f"packages: {passed} passed, {failed} failed")
 sys.exit(1 if failed else 0)
