@@ -160,13 +160,7 @@ const GUEST: u32 = 512;
 fn draw_frame(svg: &mut String, x: u32, y: u32, tags: &[Shown], own: &[u16]) {
     let mut left = x;
     let mut part = |width: u32, class: &str, lines: &[String]| {
-        writeln!(svg, r#"<rect x="{left}" y="{y}" width="{width}" height="32" class="{class}"/>"#)
-            .unwrap();
-        for (line, text) in lines.iter().enumerate() {
-            let (middle, base) = (left + width / 2, y + 14 + 13 * line as u32);
-            let base = if lines.len() == 1 { y + 20 } else { base };
-            writeln!(svg, r#"<text x="{middle}" y="{base}" class="in">{text}</text>"#).unwrap();
-        }
+        write_box(svg, left, y, width, class, lines);
         left += width;
     };
     part(74, "mac", &["addresses".to_owned()]);
@@ -300,21 +294,169 @@ rect {{ stroke: #57606a }}
     svg
 }
 
+/// Where a frame is on its way, its boxes, and a tag that is kept beside it.
+type Station = (&'static str, Vec<Part>, Option<Shown>);
+
+/// A part of a frame: class, width and text.
+type Part = (&'static str, u32, Vec<String>);
+
+fn boxes(virtio: bool, tags: &[Shown], fcs: bool) -> Vec<Part> {
+    let plain = |class, width, text: &str| (class, width, vec![text.to_owned()]);
+    let mut boxes = Vec::new();
+    if virtio {
+        boxes.push(plain("virtio", 90, "virtio header"));
+    }
+    boxes.push(plain("mac", 74, "addresses"));
+    for (tpid, vid, _) in tags {
+        boxes.push(("own", 70, vec![tpid.to_string(), vid.to_string()]));
+    }
+    boxes.push(plain("data", 54, "data"));
+    if fcs {
+        boxes.push(plain("data", 40, "FCS"));
+    }
+    boxes
+}
+
+/// A frame at each point of its way through `--map 101=tap-web1`, both ways.
+fn draw_way() -> String {
+    let table = table("101=tap-web1");
+    let tagged: &[Shown] = &[(C, 101, 0)];
+    let End::Arrives(at_guest) = to_guest(&table, tagged) else { panic!("it arrives") };
+    let End::Arrives(on_wire) = to_wire(&table, UNTAGGED) else { panic!("it arrives") };
+    let stations: [(&str, Vec<Station>); 2] = [
+        (
+            "from the wire to the guest",
+            vec![
+                ("on the wire", boxes(false, tagged, true), None),
+                (
+                    "in the uplink's ring: the kernel has taken the tag out",
+                    boxes(false, UNTAGGED, false),
+                    Some(tagged[0]),
+                ),
+                (
+                    "in the same slot, edited: what vlanswitchd sends",
+                    boxes(true, &at_guest, false),
+                    None,
+                ),
+                ("in the queue of tap-web1", boxes(false, &at_guest, false), None),
+                ("read by QEMU or vhost, for the guest", boxes(true, &at_guest, false), None),
+            ],
+        ),
+        (
+            "from the guest to the wire",
+            vec![
+                ("written by QEMU or vhost", boxes(true, UNTAGGED, false), None),
+                (
+                    "in the ring of tap-web1; the seal drops the host's copy",
+                    boxes(false, UNTAGGED, false),
+                    None,
+                ),
+                (
+                    "in the same slot, edited: what vlanswitchd sends",
+                    boxes(true, &on_wire, false),
+                    None,
+                ),
+                ("on the wire", boxes(false, &on_wire, true), None),
+            ],
+        ),
+    ];
+    let rows: usize = stations.iter().map(|(_, rows)| rows.len()).sum();
+    let height = 40 * rows as u32 + 118;
+    let mut svg = String::new();
+    writeln!(
+        svg,
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">
+<title>A frame at each point of its way</title>
+<style>
+text {{ font: 12px "DejaVu Sans", Verdana, sans-serif; fill: #24292f }}
+.place {{ font-weight: bold }}
+.in {{ font-size: 11px; text-anchor: middle }}
+.note {{ fill: #57606a; font-size: 11px }}
+rect {{ stroke: #57606a }}
+.page {{ fill: #ffffff; stroke: #d0d7de }}
+.mac, .data {{ fill: #eaeef2 }}
+.own {{ fill: #a5d0ff }}
+.virtio {{ fill: #d3f0da }}
+.aside {{ stroke-dasharray: 4 3 }}
+.down {{ stroke: #1a7f37; stroke-width: 2 }}
+</style>
+<rect x="0.5" y="0.5" width="{w}" height="{h}" rx="8" class="page"/>"##,
+        w = WIDTH - 1,
+        h = height - 1,
+    )
+    .unwrap();
+    let mut y = 14;
+    for (heading, stations) in stations {
+        writeln!(svg, r#"<text x="{WIRE}" y="{}" class="place">{heading}</text>"#, y + 14).unwrap();
+        y += 26;
+        let last = stations.len() - 1;
+        for (number, (words, parts, beside)) in stations.into_iter().enumerate() {
+            writeln!(svg, r#"<text x="{WIRE}" y="{}">{words}</text>"#, y + 20).unwrap();
+            let mut left = 440;
+            for (class, width, lines) in parts {
+                write_box(&mut svg, left, y, width, class, &lines);
+                left += width;
+            }
+            if let Some((tpid, vid, _)) = beside {
+                write_box(
+                    &mut svg,
+                    left + 24,
+                    y,
+                    70,
+                    "own aside",
+                    &[tpid.to_string(), vid.to_string()],
+                );
+                writeln!(
+                    svg,
+                    r#"<text x="{}" y="{}" class="note">beside it</text>"#,
+                    left + 102,
+                    y + 20
+                )
+                .unwrap();
+            }
+            if number < last {
+                writeln!(
+                    svg,
+                    r#"<path d="M424 {}v24m-4 -6l4 6l4 -6" class="down" fill="none"/>"#,
+                    y + 24
+                )
+                .unwrap();
+            }
+            y += 40;
+        }
+        y += 20;
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+fn write_box(svg: &mut String, x: u32, y: u32, width: u32, class: &str, lines: &[String]) {
+    writeln!(svg, r#"<rect x="{x}" y="{y}" width="{width}" height="32" class="{class}"/>"#)
+        .unwrap();
+    for (line, text) in lines.iter().enumerate() {
+        let base = if lines.len() == 1 { y + 20 } else { y + 14 + 13 * line as u32 };
+        writeln!(svg, r#"<text x="{}" y="{base}" class="in">{text}</text>"#, x + width / 2)
+            .unwrap();
+    }
+}
+
 #[test]
 fn the_pictures_show_what_the_switch_does() {
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
     let folder = docs.join("images");
     let anew = std::env::var_os("DRAW_PICTURES").is_some();
     let concepts = fs::read_to_string(docs.join("concepts.md")).unwrap();
-    for picture in PICTURES {
-        let path = folder.join(picture.file);
-        let drawn = draw(&picture);
+    let mut pictures: Vec<(&str, String)> =
+        PICTURES.iter().map(|picture| (picture.file, draw(picture))).collect();
+    pictures.push(("way.svg", draw_way()));
+    for (file, drawn) in pictures {
+        let path = folder.join(file);
         if anew {
             fs::create_dir_all(&folder).unwrap();
             fs::write(&path, &drawn).unwrap();
         }
         let there = fs::read_to_string(&path).unwrap_or_default();
         assert!(there == drawn, "{}: draw it anew: DRAW_PICTURES=1", path.display());
-        assert!(concepts.contains(&format!("images/{}", picture.file)), "{}", picture.file);
+        assert!(concepts.contains(&format!("images/{file}")), "{file}");
     }
 }

@@ -85,6 +85,7 @@ done
 cp "$programs/vlanswitchd" /usr/local/sbin/
 cp "$repo/dist/systemd/metrics-tcp.conf" /usr/share/vlanswitchd/
 cp "$repo/dist/apparmor/usr.sbin.vlanswitchd" /usr/share/doc/vlanswitchd/apparmor
+cp "$repo/dist/libvirt/qemu-hook" /usr/share/vlanswitchd/
 for name in demo macvtap-to-vlanswitchd; do ln -s "$repo/scripts/$name" "$scratch/cwd/scripts/$name"; done
 PATH=$scratch/bin:$PATH
 export PATH

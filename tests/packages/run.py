@@ -44,6 +44,8 @@ ln -s /proc/self/fd dev/fd
 if [ "$2" = systemd ]; then
     mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
     mount -t cgroup2 cgroup2 sys/fs/cgroup
+    # As systemd mounts it on a real machine.
+    mount -t bpf -o mode=0700 bpf sys/fs/bpf
 fi
 mkdir -p old
 pivot_root . old
@@ -180,6 +182,16 @@ def without_systemd():
             check("it runs by hand, as the user", machine.run("vlanswitchctl status").ok)
         except TimeoutError:
             check("it runs by hand, as the user", False, machine.run("cat /tmp/out /tmp/log").all)
+        domain = '<domain><name>db9</name><metadata>\n<vlanswitchd:ports xmlns:vlanswitchd="x">\n<vlanswitchd:port map="109=tap-db9,rate=1G"/>\n<vlanswitchd:port map=\'110=tap-db9b\'/></vlanswitchd:ports></metadata></domain>'
+        hook = "/usr/share/vlanswitchd/qemu-hook db9"
+        done = machine.run(f"{hook} prepare begin -", domain)
+        ports = machine.run("vlanswitchctl port list").out
+        check("the hook for libvirt adds ports", done.ok and "tap-db9 " in ports and "tap-db9b" in ports, done.all + ports)
+        check("and again, as after a crash", machine.run(f"{hook} prepare begin -", domain).ok)
+        done = machine.run(f"{hook} prepare begin -", domain.replace("109=tap-db9,", "101=tap-db8,"))
+        check("one that cannot be added stops the domain", not done.ok and "was not added" in done.all, done.all)
+        done = machine.run(f"{hook} release end -", domain)
+        check("and removes them", done.ok and "tap-db9" not in machine.run("vlanswitchctl port list").out, done.all)
         done = machine.install(NEW)
         check("an upgrade leaves it in peace", done.ok and machine.run("vlanswitchctl status").ok, done.all)
         machine.run("kill $(cat /tmp/pid)")
