@@ -42,3 +42,15 @@ need() {
     printf '%s: missing packages, install them as root:%s\n' "${0##*/}" "$missing" >&2
     return 1
 }
+
+# tool CRATE VERSION installs a cargo subcommand into target/tools if it is missing there,
+# and puts that folder on the path.
+tool() {
+    PATH="$PWD/target/tools/bin:$PATH"
+    export PATH
+    [ -x "target/tools/bin/$1" ] && return 0
+    say "installing $1 $2 into target/tools"
+    # Not into the folder of our own artifacts: two builds would wait for each other.
+    CARGO_TARGET_DIR=target/tools/build RUSTFLAGS='' cargo install --quiet --locked --root target/tools "$1@$2" ||
+        die "cannot install $1 (is there a network?)"
+}

@@ -58,7 +58,7 @@ fn a_good_file_is_told_in_one_line() {
 }
 
 #[test]
-fn the_words_in_the_readme_are_those_of_the_program() {
+fn the_words_in_the_documents_are_those_of_the_program() {
     let bad = "[uplink]\ndevice = \"eth0\"\n[switch]\npol = \"busy\"\n\n\
                [[port]]\nvlan = 101.20\ndevice = \"tap-web1\"\n\
                [[port]]\nvlan = 101\ndevice = \"tap-web2\"\npcp = 9\n\n\
@@ -66,8 +66,8 @@ fn the_words_in_the_readme_are_those_of_the_program() {
                [[port]]\nvlan = \"102-103\"\ndevice = \"tap-web4\"\n";
     let answer = run(&[("bad.toml", bad)], &["--config", "bad.toml", "--check"]);
     assert_eq!((answer.code, answer.stdout.as_str()), (Some(2), ""));
-    let readme = document("README.md");
-    let after = readme.split("<!-- the output of --check").nth(1).unwrap();
+    let page = document("docs/configuration.md");
+    let after = page.split("<!-- the output of --check").nth(1).unwrap();
     assert_eq!(after.split("```\n").nth(1).unwrap(), answer.stderr);
 }
 
@@ -78,7 +78,7 @@ fn the_example_is_right_as_it_is_and_with_every_default_written_out() {
     let answer = check(&text);
     assert_eq!(answer.stdout, "v.toml: ok, uplink eth0, 5 ports\n", "{}", answer.stderr);
     // Not every host has them.
-    let of_the_host = ["group = \"kvm\"", "cpus = \"2-5,8\""];
+    let of_the_host = ["user = \"nobody\"", "group = \"kvm\"", "cpus = \"2-5,8\""];
     // Lines such as `#poll = "adaptive"`; prose has a space behind the #.
     let mut count = 0;
     let all: Vec<&str> = text
@@ -94,6 +94,22 @@ fn the_example_is_right_as_it_is_and_with_every_default_written_out() {
     assert!(count >= 9, "only {count} defaults in the example");
     let answer = check(&all.join("\n"));
     assert_eq!(answer.stdout, "v.toml: ok, uplink eth0, 5 ports\n", "{}", answer.stderr);
+}
+
+/// What the packages install has nothing in it but what is to be filled in.
+#[test]
+fn the_default_file_lacks_an_uplink_only() {
+    let text = document("dist/default.toml");
+    let check = |text: &str| run(&[("v.toml", text)], &["--config", "v.toml", "--check"]);
+    let answer = check(&text);
+    assert_eq!(answer.code, Some(2), "{}", answer.stderr);
+    assert_eq!(answer.stderr.lines().count(), 1, "{}", answer.stderr);
+    assert!(answer.stderr.contains("uplink"), "{}", answer.stderr);
+    let plain: Vec<&str> = text
+        .lines()
+        .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+        .collect();
+    assert_eq!(check(&plain.join("\n")).stdout, "v.toml: ok, uplink eth0, 1 port\n");
 }
 
 #[test]

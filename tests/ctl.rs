@@ -355,7 +355,7 @@ fn man_pages_of_both_programs_are_written() {
     let nowhere = fresh_path("nowhere");
     let directory = fresh_path("man");
     done(ctl(&nowhere, &["man", directory.to_str().unwrap()]));
-    for page in ["vlanswitchd.8", "vlanswitchctl.8", "vlanswitchctl-port-add.8"] {
+    for page in ["vlanswitchd.8", "vlanswitchctl.1", "vlanswitchctl-port-add.1"] {
         let text = std::fs::read_to_string(directory.join(page)).unwrap();
         assert!(text.contains(".TH ") && text.contains(".SH NAME"), "{page}: {text}");
     }

@@ -17,6 +17,8 @@ use lab::frames::{Frame, TagBytes, tag};
 use lab::raw::Held;
 use lab::{Daemon, Lab, Manager, Wire, assert_same, eventually};
 use nix::sys::signal::Signal;
+use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -208,6 +210,29 @@ fn the_store_says_how_many_workers_go_on() {
     let cold = manager.start(&lab, &place.arguments(&control, &with("1")));
     assert_eq!(workers(&control), [0, 0, 0]);
     stopped(cold);
+}
+
+/// `Type=notify-reload`: the manager sends SIGHUP and waits for both messages, the first one
+/// with a time that is not before the signal.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_reload_is_told_to_the_manager_when_it_begins_and_when_it_ends() {
+    let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
+    let control = place.control();
+    let daemon = manager.start(&lab, &place.arguments(&control, &MAPS));
+    for round in 1..=2 {
+        let before = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
+        daemon.signal(Signal::SIGHUP);
+        eventually("it is told", || (manager.count("READY=1") == 1 + round).then_some(()));
+        let told = manager.messages();
+        let of_reload = |one: &&String| one.contains("RELOADING=1") || one.contains("READY=1");
+        let told: Vec<&String> = told.iter().filter(of_reload).skip(2 * round - 1).collect();
+        let [begun, ended] = told[..] else { panic!("{told:?}") };
+        let time = begun.lines().find_map(|line| line.strip_prefix("MONOTONIC_USEC=")).unwrap();
+        assert!(time.parse::<i64>().unwrap() >= before.num_microseconds(), "{begun}");
+        assert_eq!(ended.trim(), "READY=1");
+    }
+    stopped(daemon);
 }
 
 /// The manager drops what it keeps when it is told to stop the service for good.

@@ -105,6 +105,11 @@ impl Manager {
         known.messages.iter().filter(|message| message.lines().any(|one| one == line)).count()
     }
 
+    /// What it was told, in order.
+    pub fn messages(&self) -> Vec<String> {
+        self.known.lock().unwrap().messages.clone()
+    }
+
     /// How long it has not heard `WATCHDOG=1`.
     pub fn unpinged_for(&self) -> Duration {
         self.known.lock().unwrap().pinged.map_or(Duration::MAX, |pinged| pinged.elapsed())

@@ -16,7 +16,12 @@ pub struct Arguments {
     /// The socket that vlanswitchd listens on (its --control)
     #[arg(long, global = true, value_name = "PATH", env = "VLANSWITCHD_SOCKET", hide_env_values = true,
           default_value = DEFAULT_SOCKET, help_heading = "Options for all commands")]
-    pub socket: PathBuf,
+    socket: PathBuf,
+
+    /// The vlanswitchd of the service vlanswitchd@NAME, whatever --socket says
+    #[arg(long, global = true, value_name = "NAME", value_parser = instance,
+          help_heading = "Options for all commands")]
+    instance: Option<String>,
 
     /// Print vlanswitchd's answers as JSON, one object a line
     ///
@@ -27,6 +32,15 @@ pub struct Arguments {
 
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Arguments {
+    /// The socket of the vlanswitchd that is meant.
+    pub fn socket(&self) -> PathBuf {
+        // As the template unit has it.
+        let of_instance = |name| format!("/run/vlanswitchd/{name}/control").into();
+        self.instance.as_ref().map_or_else(|| self.socket.clone(), of_instance)
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -98,9 +112,9 @@ Example, for the shell that is running:
         shell: Shell,
     },
 
-    /// Print the man page, or write those of both programs into a directory
+    /// Print the man page, or write all of them into a directory
     Man {
-        /// Write vlanswitchd.8, vlanswitchctl.8 and one page a command here
+        /// Write vlanswitchd.8, vlanswitchctl.1, one page a command and vlanswitchd.toml.5 here
         directory: Option<PathBuf>,
     },
 }
@@ -235,6 +249,13 @@ pub enum ConfigCommand {
     Reload,
 }
 
+fn instance(word: &str) -> Result<String, String> {
+    if word.is_empty() || word.starts_with('.') || word.contains('/') {
+        return Err("give what stands behind the @ of the service, as in eth0".to_owned());
+    }
+    Ok(word.to_owned())
+}
+
 fn key_value(word: &str) -> Result<(String, String), String> {
     match word.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -261,6 +282,23 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn an_instance_has_a_socket_of_its_own() {
+        let socket = |words: &[&str]| {
+            let words = ["vlanswitchctl"].iter().chain(words);
+            Arguments::try_parse_from(words).map(|arguments| arguments.socket())
+        };
+        let path = |text: &str| Some(PathBuf::from(text));
+        assert_eq!(socket(&["status", "--socket", "/tmp/x"]).ok(), path("/tmp/x"));
+        let of_eth0 = path("/run/vlanswitchd/eth0/control");
+        assert_eq!(socket(&["--instance", "eth0", "status"]).ok(), of_eth0);
+        // As when the environment names a socket.
+        assert_eq!(socket(&["--socket", "/x", "status", "--instance", "eth0"]).ok(), of_eth0);
+        for name in ["", "..", "../x", "eth0/control"] {
+            assert!(socket(&["--instance", name, "status"]).is_err(), "{name}");
+        }
     }
 
     #[test]

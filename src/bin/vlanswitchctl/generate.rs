@@ -11,8 +11,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use vlanswitchd::control::cli;
 
-/// System administration.
-const SECTION: &str = "8";
+/// The pages that are written by hand.
+const WRITTEN: [(&str, &str); 1] =
+    [("vlanswitchd.toml.5", include_str!("../../../dist/man/vlanswitchd.toml.5"))];
+
+/// The section of a program's pages, and what it is called.
+fn section(program: &str) -> (&'static str, &'static str) {
+    if program == "vlanswitchd" { ("8", "System administration") } else { ("1", "User commands") }
+}
 
 pub fn completions(context: &Context, shell: Shell) -> Outcome {
     let mut script = Vec::new();
@@ -25,7 +31,7 @@ pub fn man(context: &Context, directory: Option<&Path>) -> Outcome {
     let pages = pages().map_err(|error| Failure::Message(format!("man pages: {error}")))?;
     match directory {
         None => {
-            let own = pages.iter().find(|(name, _)| name == "vlanswitchctl.8");
+            let own = pages.iter().find(|(name, _)| name == "vlanswitchctl.1");
             context.print(own.map_or("", |(_, page)| page))?;
         }
         Some(directory) => {
@@ -40,7 +46,7 @@ pub fn man(context: &Context, directory: Option<&Path>) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// File names and contents of the pages of both programs.
+/// File names and contents of the pages: of both programs, and of the file.
 fn pages() -> io::Result<Vec<(String, String)>> {
     let mut pages = Vec::new();
     for (program, mut command) in
@@ -48,25 +54,33 @@ fn pages() -> io::Result<Vec<(String, String)>> {
     {
         // Global options then stand on the pages of the commands too.
         command.build();
-        add_pages(program, command, &mut pages)?;
+        add_pages(program, section(program), command, &mut pages)?;
     }
+    pages.extend(WRITTEN.map(|(name, page)| (name.to_owned(), page.to_owned())));
     Ok(pages)
 }
 
 /// The page of a command, and those of its own commands, as git names them.
-fn add_pages(name: &str, command: Command, pages: &mut Vec<(String, String)>) -> io::Result<()> {
+fn add_pages(
+    name: &str,
+    section: (&str, &str),
+    command: Command,
+    pages: &mut Vec<(String, String)>,
+) -> io::Result<()> {
     for child in command.get_subcommands().filter(|child| child.get_name() != "help") {
-        add_pages(&format!("{name}-{}", child.get_name()), child.clone(), pages)?;
+        let name = format!("{name}-{}", child.get_name());
+        add_pages(&name, section, child.clone(), pages)?;
     }
     let mut page = Vec::new();
     let title = name.to_uppercase();
+    let (section, manual) = section;
     Man::new(command.disable_help_subcommand(true))
-        .section(SECTION)
+        .section(section)
         .title(title)
         .source(concat!("vlanswitchd ", env!("CARGO_PKG_VERSION")))
-        .manual("System administration")
+        .manual(manual)
         .render(&mut page)?;
-    pages.push((format!("{name}.{SECTION}"), String::from_utf8_lossy(&page).into_owned()));
+    pages.push((format!("{name}.{section}"), String::from_utf8_lossy(&page).into_owned()));
     Ok(())
 }
 
@@ -99,9 +113,10 @@ mod tests {
     fn each_command_has_a_page_with_all_its_options() {
         let pages = pages().unwrap();
         let commands = commands();
-        assert_eq!(pages.len(), commands.len());
+        assert_eq!(pages.len(), commands.len() + WRITTEN.len());
         for (name, command) in commands {
-            let file = format!("{name}.8");
+            let program = name.split('-').next().unwrap();
+            let file = format!("{name}.{}", section(program).0);
             let page = &pages.iter().find(|(page, _)| *page == file).unwrap().1;
             let page = page.replace("\\-", "-").replace("\\*(Aq", "'");
             for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {

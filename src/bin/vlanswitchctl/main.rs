@@ -35,7 +35,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let context = Context::new(arguments.socket, arguments.json);
+    let context = Context::new(arguments.socket(), arguments.json);
     run(&context, arguments.command).unwrap_or_else(|failure| failure.report())
 }
 

@@ -382,6 +382,30 @@ fn next_table(document: &mut DocumentMut, place: isize) -> Option<&mut Table> {
         .min_by_key(|table| table.position())
 }
 
+/// Gives a new file the owner and group of the old one, as far as we may: the file of root
+/// becomes ours where only the folder lets us write, as packages set it up. Whether it has
+/// the group.
+fn keep_owner(file: &File, old: &fs::Metadata) -> io::Result<bool> {
+    let now = file.metadata()?;
+    if (now.uid(), now.gid()) == (old.uid(), old.gid()) {
+        return Ok(true);
+    }
+    let may_not = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    match fchown(file, Some(old.uid()), Some(old.gid())) {
+        Err(error) if may_not(&error) => {}
+        done => return done.map(|()| true),
+    }
+    match fchown(file, None, Some(old.gid())) {
+        Err(error) if may_not(&error) => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
+/// A mode for a file whose group is another one now: it gets no more than everybody.
+fn without_group(mode: u32) -> u32 {
+    (mode & 0o7707) | (mode & (mode << 3) & 0o070)
+}
+
 /// Replaces a file at once, with the owner and mode of the old one.
 fn replace(target: &Path, text: &str) -> io::Result<()> {
     let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -391,11 +415,9 @@ fn replace(target: &Path, text: &str) -> io::Result<()> {
     let file = temporary.as_file();
     match fs::metadata(target) {
         Ok(old) => {
-            let now = file.metadata()?;
-            if (now.uid(), now.gid()) != (old.uid(), old.gid()) {
-                fchown(file, Some(old.uid()), Some(old.gid()))?;
-            }
-            file.set_permissions(fs::Permissions::from_mode(old.mode() & 0o7777))?;
+            let mode = old.mode() & 0o7777;
+            let mode = if keep_owner(file, &old)? { mode } else { without_group(mode) };
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             file.set_permissions(fs::Permissions::from_mode(0o644))?;
@@ -569,6 +591,15 @@ poll = \"busy\"
         assert_eq!((after.mode(), after.uid()), (before.mode(), before.uid()));
         assert_ne!(after.ino(), before.ino(), "written over, not replaced");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left behind");
+    }
+
+    #[test]
+    fn another_group_gets_no_more_than_everybody() {
+        for (mode, expected) in
+            [(0o640, 0o600), (0o644, 0o644), (0o664, 0o644), (0o666, 0o666), (0o600, 0o600)]
+        {
+            assert_eq!(without_group(mode), expected, "{mode:o}");
+        }
     }
 
     proptest! {

@@ -134,3 +134,34 @@ pub(super) fn value_for(section: &str, name: &str, text: &str) -> Value {
         _ => Value::from(text),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Documents about the file, and how a key looks in them.
+    #[test]
+    fn every_key_is_documented() {
+        let page = include_str!("../../../dist/man/vlanswitchd.toml.5").replace("\\-", "-");
+        let chapter = include_str!("../../../docs/configuration.md");
+        let example = include_str!("../../../dist/vlanswitchd.toml");
+        for (section, keys) in SECTIONS {
+            let section_start = page.find(&format!(".SH {}\n", header(section)));
+            let page = section_start.and_then(|start| page.get(start..)).unwrap_or_default();
+            for Key { name, .. } in keys {
+                let bold = |line: &str| {
+                    line.starts_with(".B") && line.split([' ', ',', '"']).any(|word| word == *name)
+                };
+                let listed = page.lines().take_while(|line| *line != ".SH EXAMPLE").any(bold);
+                assert!(listed, "vlanswitchd.toml(5): [{section}] has no {name}");
+                let options = [format!("`{name}`"), format!("`{name}="), format!("`--{name}")];
+                let shown = options.iter().any(|option| chapter.contains(option));
+                assert!(shown, "docs/configuration.md: no {name} of [{section}]");
+                let set = |line: &str| {
+                    line.trim_start_matches('#').split(" =").next().is_some_and(|key| key == *name)
+                };
+                assert!(example.lines().any(set), "dist/vlanswitchd.toml: no {name}");
+            }
+        }
+    }
+}

@@ -18,6 +18,7 @@ use crate::control::placement::{Key, keys};
 use crate::control::start_error::StartError;
 use crate::frame::{Tpid, Vid};
 use crate::switch::{Conflict, Membership, PortIndex, Table};
+use sd_notify::NotifyState;
 use std::collections::HashSet;
 use thiserror::Error;
 use tracing::warn;
@@ -94,11 +95,17 @@ impl Claims {
 impl Daemon {
     /// Reads the configuration again as SIGHUP asks for.
     pub(super) fn reload_by_signal(&mut self) {
+        // systemd has sent it (`Type=notify-reload`) and waits for both messages; if it
+        // is not there, nobody is told.
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            let _ = sd_notify::notify(&[NotifyState::Reloading, now]);
+        }
         if let Err(error) = self.reload(false) {
             for line in error.to_string().lines() {
                 warn!("not reloaded: {line}");
             }
         }
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
     }
 
     /// Reads the configuration again and becomes it, or only says what would change.

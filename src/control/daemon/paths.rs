@@ -77,6 +77,10 @@ fn shares_mounts() -> bool {
 /// The folder of the pins, in a BPF file system, which is mounted if need be.
 fn usable_pin_folder(uplink: &str) -> Option<PathBuf> {
     let root = Path::new(BPF_FOLDER);
+    // A service may be given our folder only, as the packages' unit does.
+    if is_bpf_file_system(&root.join(OUR_FOLDER)) {
+        return Some(pin_folder(uplink));
+    }
     if !is_bpf_file_system(root) && !shares_mounts() {
         warn!(
             "{BPF_FOLDER} is no BPF file system, and one mounted here would not last: the kernel \
