@@ -65,7 +65,17 @@ fn settle(lab: &Lab, daemon: Daemon, taps: &[&str]) -> Summary {
 }
 
 fn start(lab: &Lab, maps: &[&str], taps: &[&str]) -> (Daemon, Vec<RawGuest>) {
-    let arguments: Vec<&str> = maps.iter().flat_map(|map| ["--map", map]).collect();
+    start_with(lab, &[], maps, taps)
+}
+
+/// On the packet path, whatever path tests are run on: only there are rings.
+fn start_with_rings(lab: &Lab, maps: &[&str], taps: &[&str]) -> (Daemon, Vec<RawGuest>) {
+    start_with(lab, &["--datapath", "packet"], maps, taps)
+}
+
+fn start_with(lab: &Lab, more: &[&str], maps: &[&str], taps: &[&str]) -> (Daemon, Vec<RawGuest>) {
+    let mut arguments: Vec<&str> = maps.iter().flat_map(|map| ["--map", map]).collect();
+    arguments.extend(more);
     let daemon = lab.daemon(&arguments);
     let guests = taps.iter().map(|tap| lab.raw_guest(tap)).collect();
     daemon.attached(taps);
@@ -115,7 +125,7 @@ fn overload_from_all_sides() {
 fn overrun_rings_are_counted() {
     const FRAMES: u64 = 30_000;
     let lab = Lab::new();
-    let (daemon, guests) = start(&lab, &["101=t0"], &["t0"]);
+    let (daemon, guests) = start_with_rings(&lab, &["101=t0"], &["t0"]);
     let wire = lab.wire();
     for _ in 0..3 {
         daemon.signal(Signal::SIGSTOP);
@@ -190,7 +200,7 @@ fn a_guest_that_reads_again_is_served_again() {
 fn segments_made_in_userspace_are_accounted_for_under_overload() {
     let lab = Lab::new();
     merge_on_arrival(&lab);
-    let (daemon, guests) = start(&lab, &["101=t0"], &["t0"]);
+    let (daemon, guests) = start_with_rings(&lab, &["101=t0"], &["t0"]);
     lab.host.ip("link set t0 txqueuelen 100");
     let member = far_members(&lab, &[&[C101]]).pop().unwrap();
     member.inside.tool("ethtool", "-K eth0 tx off tso off gso off");

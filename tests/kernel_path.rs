@@ -261,6 +261,13 @@ fn a_port_changes_its_path_and_each_frame_arrives_once() {
     assert!(sent.iter().all(|frames| *frames > 1000), "{sent:?} frames are no traffic");
     let port = bench.port("t0");
     assert_eq!([port.to_guest.out_frames, port.from_guest.out_frames], sent, "on both paths");
+    let more = each_once(&bench, &guest, || {
+        bench.client().call(&Request::Detach {}).unwrap();
+    });
+    assert!(!bench.has_dispatcher() && bench.port("t0").datapath == "packet");
+    let port = bench.port("t0");
+    let both = [sent[0] + more[0], sent[1] + more[1]];
+    assert_eq!([port.to_guest.out_frames, port.from_guest.out_frames], both, "detached");
     let summary = daemon.summary();
     summary.assert_conserved();
     assert_eq!(summary.port("t0").from_guest.all_drops(), 0);

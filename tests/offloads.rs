@@ -377,7 +377,10 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
             let split = daemon.summary().port("t0").to_guest.split_frames - before;
             merged += u64::from(split > 0);
         }
-        assert_eq!(merged, 3, "the kernel merged all three, or this test shows nothing");
+        // On the kernel path nobody here cuts them, and nobody can tell.
+        if lab::daemon::datapath() == "packet" {
+            assert_eq!(merged, 3, "the kernel merged all three, or this test shows nothing");
+        }
         daemon.stop();
     }
 }
@@ -406,5 +409,7 @@ fn tcp_through_a_vxlan_between_guest_and_far_end() {
     transfer::tcp(guest, member, "10.2.0.2", 64 * MIB);
     let summary = pair.daemon.stop();
     let cut = summary.port("t0").to_guest.split_frames;
-    assert!(cut > 0, "no super-frame of the tunnel reached us: this test shows nothing");
+    if lab::daemon::datapath() == "packet" {
+        assert!(cut > 0, "no super-frame of the tunnel reached us: this test shows nothing");
+    }
 }

@@ -391,6 +391,9 @@ pub enum Request {
         /// Apply nothing.
         dry_run: Option<bool>,
     },
+    /// Take the kernel path away: the packet path serves all ports.
+    #[serde(rename = "org.vlanswitchd.Detach")]
+    Detach {},
     /// Look at the host.
     #[serde(rename = "org.vlanswitchd.Examine")]
     Examine {},
@@ -415,6 +418,7 @@ impl Request {
             | Self::MovePort { .. }
             | Self::Capture(_)
             | Self::ReloadConfig { .. }
+            | Self::Detach {}
             | Self::HandOver { .. } => true,
             Self::GetStatus {}
             | Self::ListPorts {}

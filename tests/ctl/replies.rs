@@ -42,6 +42,7 @@ pub fn port(name: &str, vlans: &str, state: &str) -> Port {
         ifindex: there.map(|()| 12),
         mtu: there.map(|()| 1500),
         datapath: "packet".to_owned(),
+        datapath_reason: None,
         worker: Some(0),
         ring_peak: 0.034,
         from_guest: flow(1_234_567, &[("vlan_not_allowed", 12)]),
@@ -82,6 +83,7 @@ pub fn status() -> Status {
         uplink: "eth0".to_owned(),
         uplink_state: "up".to_owned(),
         datapath: "packet".to_owned(),
+        datapath_reason: None,
         ports: [("attached", 2), ("no_carrier", 1), ("down", 0)]
             .map(|(state, count)| (state.to_owned(), count))
             .into(),

@@ -103,6 +103,12 @@ Examples:
     #[command(subcommand)]
     Config(ConfigCommand),
 
+    /// Take the kernel path away: the packet path serves all ports until the next start
+    ///
+    /// Then a stop of vlanswitchd is the end of forwarding. If none runs,
+    /// `vlanswitchd --give-back --uplink IF` takes away what one has left.
+    Detach,
+
     /// Print the completions for a shell
     #[command(after_help = "\
 Example, for the shell that is running:

@@ -7,7 +7,7 @@ use clap::Parser;
 use std::path::Path;
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
-use vlanswitchd::control::api::{ConfigReply, ReloadReply, Request};
+use vlanswitchd::control::api::{ConfigReply, NotesReply, ReloadReply, Request};
 use vlanswitchd::control::cli;
 use vlanswitchd::control::config::check;
 
@@ -21,6 +21,15 @@ pub fn run(context: &Context, command: ConfigCommand) -> Outcome {
         ConfigCommand::Check { file: Some(file) } => check(context, &file)?,
         ConfigCommand::Check { file: None } => reload(context, true)?,
         ConfigCommand::Reload => reload(context, false)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `detach`.
+pub fn detach(context: &Context) -> Outcome {
+    if let Some(NotesReply { notes }) = context.ask(&Request::Detach {})? {
+        context.print("the packet path serves all ports\n")?;
+        context.print_notes(&notes);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -51,6 +51,7 @@ fn run(context: &Context, command: Command) -> Outcome {
         Command::Capture(arguments) => capture::run(context, arguments),
         Command::Doctor => doctor::run(context),
         Command::Config(command) => config::run(context, command),
+        Command::Detach => config::detach(context),
         Command::Completions { shell } => generate::completions(context, shell),
         Command::Man { directory } => generate::man(context, directory.as_deref()),
     }

@@ -73,6 +73,19 @@ fn moved_by(port: &Port) -> String {
     }
 }
 
+/// The same in full.
+pub fn datapath(port: &Port) -> String {
+    let mut text = moved_by(port);
+    if let Some(reason) = &port.datapath_reason {
+        text.push_str(&format!(" ({reason})"));
+    }
+    if port.worker.is_some() {
+        let fill = percent(port.ring_peak);
+        text.push_str(&format!("; receive ring at most {fill} full in the last second"));
+    }
+    text
+}
+
 fn changed(
     context: &Context,
     verb: &str,
@@ -102,14 +115,7 @@ pub fn describe(port: &Port, colours: bool) -> String {
     if let (Some(index), Some(mtu)) = (port.ifindex, port.mtu) {
         text.push_str(&format!("device    index {index}, MTU {mtu} bytes\n"));
     }
-    text.push_str(&fold(
-        "datapath  ",
-        &format!(
-            "{}; receive ring at most {} full in the last second",
-            moved_by(port),
-            percent(port.ring_peak)
-        ),
-    ));
+    text.push_str(&fold("datapath  ", &datapath(port)));
     text.push('\n');
     text.push_str(&counters(port, colours));
     text.push_str(&drops(port, colours));

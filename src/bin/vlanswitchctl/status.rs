@@ -54,7 +54,9 @@ fn describe(status: &Status, colours: bool) -> String {
         });
         text.push_str(&fold("workers     ", &described.collect::<Vec<_>>().join(", ")));
     }
-    text.push_str(&fold("datapath    ", &status.datapath));
+    let reason = status.datapath_reason.as_ref();
+    let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+    text.push_str(&fold("datapath    ", &format!("{}{reason}", status.datapath)));
     text.push_str(&fold("file        ", config));
     let (tagged, udp) = (answer(status.kernel_segments_tagged), answer(status.kernel_segments_udp));
     let but = if tagged == udp { String::new() } else { format!(", those of UDP by {udp}") };

@@ -113,6 +113,10 @@ impl Daemon {
                 let reply = self.reload(dry_run.unwrap_or(false))?;
                 self.server.reply(client, &reply);
             }
+            Request::Detach {} => {
+                let notes = self.detach_kernel_path().map_err(Refusal::failed)?;
+                self.server.reply(client, &NotesReply { notes });
+            }
             Request::HandOver { format, uplink } => self.hand_over(client, format, &uplink)?,
             Request::Examine {} => self.examine(client)?,
         }

@@ -101,6 +101,8 @@ pub struct Daemon {
     kernel: Option<KernelPath>,
     /// Why not, if it is not.
     why_packet: String,
+    /// It is to be no more.
+    is_detached: bool,
     /// What programs that are no more had taken from the uplink.
     past: FlowSnapshot,
     uplink: Uplink,
@@ -198,6 +200,7 @@ impl Daemon {
             monitor,
             kernel,
             why_packet,
+            is_detached: false,
             past: FlowSnapshot::default(),
             uplink: Uplink { filter, steering, mtu, slots: 0, attached: None, watched },
             ports,

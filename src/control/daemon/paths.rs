@@ -49,6 +49,9 @@ const OUR_FOLDER: &str = "vlanswitchd";
 /// How long a frame may be on its way from a socket's filter to a program behind it.
 const STRAGGLER_TIME: Duration = Duration::from_millis(1);
 
+/// Why there is no kernel path when an operator has taken it away.
+const DETACHED: &str = "detached by `vlanswitchctl detach`, until the next start";
+
 /// Where the pins of an uplink are: by its name, and by the network namespace if that is not
 /// the first process's.
 pub fn pin_folder(uplink: &str) -> PathBuf {
@@ -151,6 +154,7 @@ impl Daemon {
         for (position, config) in configs.iter().enumerate() {
             let reason = match (&self.kernel, config) {
                 (None, _) => Some(self.why_packet.clone()),
+                (Some(_), Some(_)) if self.is_detached => Some(DETACHED.to_owned()),
                 (Some(_), None) => None,
                 (Some(_), Some(config)) => checks::kernel_inability(config).map(str::to_owned),
             };
@@ -821,6 +825,27 @@ impl Daemon {
                 warn!("{error}");
             }
         }
+    }
+
+    /// Has the packet path serve all ports from now on, and takes the kernel path away.
+    /// Returns what the operator should know.
+    ///
+    /// # Errors
+    /// [`StartError`] of a port that cannot get to the packet path: nothing was changed.
+    pub(super) fn detach_kernel_path(&mut self) -> Result<Vec<String>, StartError> {
+        if self.kernel.is_none() {
+            return Ok(vec![format!("there is no kernel path: {}", self.why_packet)]);
+        }
+        self.is_detached = true;
+        if let Err(error) = self.demote_for(&[]) {
+            self.is_detached = false;
+            return Err(error);
+        }
+        self.take_kernel_path_away();
+        DETACHED.clone_into(&mut self.why_packet);
+        let text = format!("uplink {}: the packet path serves all ports: {DETACHED}", self.name);
+        self.tell(EventKind::Config, None, text);
+        Ok(Vec::new())
     }
 
     /// Whether something goes on forwarding when this process has ended.

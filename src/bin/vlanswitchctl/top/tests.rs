@@ -23,6 +23,7 @@ fn port(name: &str, vlans: &str, state: &str) -> Port {
         ifindex: Some(7),
         mtu: Some(1500),
         datapath: "packet".to_owned(),
+        datapath_reason: None,
         worker: Some(0),
         ring_peak: 0.5,
         from_guest: Flow::default(),
