@@ -713,7 +713,7 @@ fn order_is_kept_per_port_and_direction() {
     let frame =
         |number: u64| Frame::numbered(number).untagged_length(sizes[number as usize % sizes.len()]);
     let window = 64;
-    let windows = 300;
+    let windows = lab::scaled(300).max(20);
     for start in (0..windows).map(|index| index * window) {
         let numbers = start..start + window;
         for number in numbers.clone() {

@@ -16,7 +16,7 @@ use lab::hub::{far_members, tag_everything};
 use lab::ip::{self, Version, Vnet};
 use lab::raw::{OFFLOAD_TCP, OFFLOAD_USO, PacketSocket, index_of, open_tap, read_tap, write_tap};
 use lab::tunnel::{Tunnel, merge_on_arrival};
-use lab::{Daemon, KernelGuest, Lab, Namespace, Wire, eventually, transfer};
+use lab::{Daemon, KernelGuest, Lab, Namespace, Wire, eventually, scaled, transfer};
 use std::fs::File;
 
 const MIB: u64 = 1 << 20;
@@ -54,6 +54,7 @@ impl Pair {
     /// TCP both ways over both IPs.
     fn tcp(&self, bytes: u64) {
         let (guest, member) = (&self.guest.inside, &self.member);
+        let bytes = scaled(bytes);
         transfer::tcp(guest, member, MEMBER_V4, bytes);
         transfer::tcp(member, guest, GUEST_V4, bytes);
         transfer::tcp(guest, member, MEMBER_V6, bytes);
@@ -153,10 +154,10 @@ fn tcp_to_a_container() {
     let member = far_members(&lab, &[&[C101]]).pop().unwrap();
     let member = member.address(&[&format!("{MEMBER_V4}/24"), &format!("{MEMBER_V6}/64")]);
     daemon.attached(&["c0"]);
-    transfer::tcp(&inside, &member.inside, MEMBER_V4, 256 * MIB);
-    transfer::tcp(&member.inside, &inside, GUEST_V4, 256 * MIB);
-    transfer::tcp(&inside, &member.inside, MEMBER_V6, 64 * MIB);
-    transfer::tcp(&member.inside, &inside, GUEST_V6, 64 * MIB);
+    transfer::tcp(&inside, &member.inside, MEMBER_V4, scaled(256 * MIB));
+    transfer::tcp(&member.inside, &inside, GUEST_V4, scaled(256 * MIB));
+    transfer::tcp(&inside, &member.inside, MEMBER_V6, scaled(64 * MIB));
+    transfer::tcp(&member.inside, &inside, GUEST_V6, scaled(64 * MIB));
     daemon.stop();
 }
 
@@ -172,15 +173,15 @@ fn tcp_to_an_internal_port() {
     let member = far_members(&lab, &[&[C101]]).pop().unwrap();
     let member = member.address(&[&format!("{MEMBER_V4}/24")]);
     daemon.attached(&["leg0"]);
-    transfer::tcp(&lab.host, &member.inside, MEMBER_V4, 256 * MIB);
-    transfer::tcp(&member.inside, &lab.host, GUEST_V4, 256 * MIB);
+    transfer::tcp(&lab.host, &member.inside, MEMBER_V4, scaled(256 * MIB));
+    transfer::tcp(&member.inside, &lab.host, GUEST_V4, scaled(256 * MIB));
     // The same leg for a namespace: the daemon holds the fd, the netdev may go.
     let other = Namespace::new("tenant");
     lab.host.ip(&format!("link set leg0 netns {}", other.name()));
     other.ip(&format!("address add {GUEST_V4}/24 dev leg0"));
     other.ip("link set leg0 up");
-    transfer::tcp(&other, &member.inside, MEMBER_V4, 64 * MIB);
-    transfer::tcp(&member.inside, &other, GUEST_V4, 64 * MIB);
+    transfer::tcp(&other, &member.inside, MEMBER_V4, scaled(64 * MIB));
+    transfer::tcp(&member.inside, &other, GUEST_V4, scaled(64 * MIB));
     daemon.stop();
 }
 
@@ -189,6 +190,7 @@ fn tcp_to_an_internal_port() {
 #[ignore = "needs root: makes network namespaces"]
 fn udp_segmentation_passes_both_ways() {
     let guests = [OFFLOAD_TCP | OFFLOAD_USO, OFFLOAD_TCP, 0];
+    let batches = scaled(200).max(4) as usize;
     for (offload, (map, vlan)) in guests.into_iter().flat_map(|offload| {
         [(offload, ("101=t0", vec![C101])), (offload, ("101.20=t0,tpid=0x88a8", vec![S101, C20]))]
     }) {
@@ -198,10 +200,10 @@ fn udp_segmentation_passes_both_ways() {
         eprintln!("{map}, guest offloads {offload:#x}");
         let pair = Pair::new(map, &vlan, offload);
         let (guest, member) = (&pair.guest.inside, &pair.member);
-        transfer::udp(guest, member, MEMBER_V4, 1200, 200);
-        transfer::udp(member, guest, GUEST_V4, 1200, 200);
-        transfer::udp(guest, member, MEMBER_V6, 1200, 200);
-        transfer::udp(member, guest, GUEST_V6, 1200, 200);
+        transfer::udp(guest, member, MEMBER_V4, 1200, batches);
+        transfer::udp(member, guest, GUEST_V4, 1200, batches);
+        transfer::udp(guest, member, MEMBER_V6, 1200, batches);
+        transfer::udp(member, guest, GUEST_V6, 1200, batches);
         let summary = pair.daemon.stop();
         let port = summary.port("t0");
         let mean = port.from_guest.in_bytes / port.from_guest.in_frames;
@@ -402,8 +404,8 @@ fn tcp_through_a_vxlan_between_guest_and_far_end() {
         namespace.ip(&format!("address add {address}/24 dev vx1"));
     }
     let (guest, member) = (&pair.guest.inside, &pair.member);
-    transfer::tcp(member, guest, "10.2.0.1", 64 * MIB);
-    transfer::tcp(guest, member, "10.2.0.2", 64 * MIB);
+    transfer::tcp(member, guest, "10.2.0.1", scaled(64 * MIB));
+    transfer::tcp(guest, member, "10.2.0.2", scaled(64 * MIB));
     let summary = pair.daemon.stop();
     let cut = summary.port("t0").to_guest.split_frames;
     assert!(cut > 0, "no super-frame of the tunnel reached us: this test shows nothing");

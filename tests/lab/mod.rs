@@ -61,6 +61,13 @@ use std::time::{Duration, Instant};
 /// loaded machine must not fail a correct program.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// An amount of work, or the share of it that an emulated processor does in the same time:
+/// `VLANSWITCHD_TEST_SCALE=64` asks for a 64th.
+pub fn scaled(amount: u64) -> u64 {
+    let scale = std::env::var("VLANSWITCHD_TEST_SCALE").ok().and_then(|scale| scale.parse().ok());
+    amount / scale.unwrap_or(1)
+}
+
 /// Asks `probe` until it answers, and fails the test if it has not after
 /// [`PATIENCE`].
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {

@@ -24,6 +24,7 @@ mod workers;
 
 use crate::control::api::{Event, EventKind, Removed};
 use crate::control::config::{Config, LogFormat, Metrics};
+use crate::control::fallback::Abilities;
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
 use crate::control::privileges::Confined;
@@ -34,7 +35,7 @@ use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
 use crate::dataplane::kernel::KernelPath;
-use crate::dataplane::{Abilities, FlowSnapshot};
+use crate::dataplane::FlowSnapshot;
 use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
@@ -108,6 +109,7 @@ pub struct Daemon {
     /// What the uplink's filter lets in.
     claims: Claims,
     workers: Workers,
+    /// What this kernel can do.
     abilities: Abilities,
     /// The counters of ports that were removed.
     retired: Option<Removed>,
@@ -186,7 +188,7 @@ impl Daemon {
             None => (plan.workers, Vec::new()),
         };
         let steering = place_ports(&mut ports, planned.len(), &before)?;
-        let workers = Workers::start(&planned, &config, &ports, abilities)?;
+        let workers = Workers::start(&planned, &config, &ports, abilities.segments)?;
         let heartbeat = Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now());
         let store = Store::of_environment(config.is_fd_store());
         let record = Record::beside(config.control.path(), &config.uplink);
