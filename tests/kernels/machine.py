@@ -26,7 +26,11 @@ import image
 
 HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = image.CACHE.parent / "kernels"
-TOOLS = ["ip:/usr/sbin", "tc:/usr/sbin", "bridge:/usr/sbin", "ethtool:/usr/sbin", "setpriv:/usr/bin", "dash:/bin", "ping:/usr/bin"]
+# The last five because busybox's would run its own `ip` instead of iproute2's.
+TOOLS = [
+    "/usr/sbin/ip", "/usr/sbin/tc", "/usr/sbin/bridge", "/usr/sbin/ethtool", "/usr/bin/ping", "/usr/bin/setpriv",
+    "/usr/bin/nsenter", "/usr/bin/unshare", "/usr/bin/env", "/bin/dash",
+]
 # What hosts and guests have, loaded at the start in this order.
 MODULES = [
     # Which openvswitch asks for without saying so.
@@ -64,15 +68,14 @@ def base(version):
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
         tree = image.Tree(scratch)
         tree.program("/bin/busybox")
-        own = {tool.split(":")[0] for tool in TOOLS} | {"busybox", "sh", "ipaddr", "iplink", "ipneigh", "iproute", "iprule", "iptunnel"}
+        own = {pathlib.Path(tool).name for tool in TOOLS} | {"busybox", "sh", "ipaddr", "iplink", "ipneigh", "iproute", "iprule", "iptunnel"}
         for applet in image.output("/bin/busybox", "--list").split():
             if applet not in own:
                 tree.path(f"/bin/{applet}").symlink_to("/bin/busybox")
         for name in ("proc", "sys", "dev", "tmp", "run", "root", "var/lib", "etc"):
             tree.path(f"/{name}").mkdir(parents=True)
         for tool in TOOLS:
-            name, place = tool.split(":")
-            tree.program(f"{place}/{name}")
+            tree.program(tool)
         tree.path("/bin/sh").symlink_to("dash")
         tree.path("/etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n")
         tree.path("/etc/group").write_text("root:x:0:\nkvm:x:104:\nnogroup:x:65534:\n")

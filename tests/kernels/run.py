@@ -27,7 +27,7 @@ TARGET = "x86_64-unknown-linux-gnu"
 # What frames meet: run once for each datapath.
 FORWARDING = ["forwarding", "offloads", "beside"]
 # What the switch asks of the kernel beside that: once is enough.
-SYSTEM = ["kernel_facts", "features", "sys_bpf", "sys_packet", "sys_tap", "links", "restart", "lifecycle"]
+SYSTEM = ["features", "kernel_facts", "sys_bpf", "sys_packet", "sys_tap", "restart"]
 # How much less there is to transfer than on a real processor.
 SCALE = "64"
 # A kernel's run may take five minutes, and no more.

@@ -46,6 +46,7 @@ pub mod summary;
 pub mod transfer;
 pub mod tshark;
 pub mod tunnel;
+pub mod vhost;
 
 pub use daemon::{Daemon, Failure};
 pub use frames::{Frame, TagBytes};

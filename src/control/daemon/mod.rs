@@ -168,6 +168,10 @@ impl Daemon {
         let inherited = Inheritance::ask(config, &mut legacy)?;
         let Inheritance { config, wanted, take, listeners, claim, descriptors, closing } =
             inherited;
+        if take.is_none() {
+            // One that goes on serves its guests: what was refused then came later.
+            checks::vlan_devices(&config, config.table.claims(), monitor.links())?;
+        }
         let known = take.as_ref().and_then(|take| take.state.abilities);
         let probe = known.is_none().then(probe::start);
         let claim = match claim {
