@@ -24,9 +24,13 @@ use lab::{Daemon, KernelGuest, Lab, RawGuest, Wire, eventually, scaled, transfer
 const MIB: u64 = 1 << 20;
 const C101: TagBytes = tag(0x8100, 101);
 
+fn start(lab: &Lab, uplink: &str) -> Daemon {
+    Daemon::start(&lab.host, &["--uplink", uplink, "--log-format", "json", "--map", "101=t0"])
+}
+
 /// A guest behind `t0` on VLAN 101 of this uplink.
 fn on_uplink(lab: &Lab, uplink: &str) -> (Daemon, RawGuest) {
-    let daemon = Daemon::start(&lab.host, &["--uplink", uplink, "--map", "101=t0"]);
+    let daemon = start(lab, uplink);
     let guest = lab.raw_guest("t0");
     daemon.attached(&["t0"]);
     (daemon, guest)
@@ -169,7 +173,7 @@ const MEMBER: &str = "10.1.0.2";
 
 /// TCP both ways between a guest on VLAN 101 of this uplink and the far end.
 fn tcp_on(lab: &Lab, uplink: &str) {
-    let daemon = Daemon::start(&lab.host, &["--uplink", uplink, "--map", "101=t0"]);
+    let daemon = start(lab, uplink);
     let guest = KernelGuest::open(&lab.host, "t0", OFFLOAD_TCP).address(&[&format!("{GUEST}/24")]);
     let member = far_members(lab, &[&[C101]]).pop().unwrap();
     let member = member.address(&[&format!("{MEMBER}/24")]);
@@ -204,16 +208,17 @@ fn tags_arrive_the_same_beside_the_frame_and_in_it() {
         let devices = ["c101", "s200c7", "s200"].map(|device| Wire::open(&lab.far, device));
         // What a device of the pair takes off or puts on, beside what the port does.
         let inner: [&[TagBytes]; 3] = [&[], &[], &[tag(0x8100, 8)]];
-        for number in 0..5 {
-            for ((guest, device), inner) in guests.iter().zip(&devices).zip(inner) {
+        for round in 0..5 {
+            for (port, ((guest, device), inner)) in (0..).zip(guests.iter().zip(&devices).zip(inner)) {
+                let number = 10 * round + port;
                 let frame = Frame::numbered(number).untagged_length(1000);
                 device.send(&frame.clone().tags(inner));
                 assert_eq!(guest.receive_until(number), [frame], "{far} {host}");
                 let frame = Frame::numbered(100 + number).reversed();
                 guest.send(&frame);
                 let got = device.receive_until(100 + number);
-                let got: Vec<&Frame> = got.iter().filter(|got| got.number() >= 100).collect();
-                assert_eq!(got, [&frame.tags(inner)], "{far} {host}");
+                // Its own, behind what it sees of the device on top of it.
+                assert_eq!(got.last(), Some(&frame.tags(inner)), "{far} {host}");
             }
         }
         daemon.stop();
@@ -236,7 +241,8 @@ fn tcp_to_a_vlan_device_at_the_far_end() {
     transfer::tcp(&lab.far, &guest.inside, GUEST, scaled(256 * MIB));
     let summary = daemon.stop();
     let port = summary.port("t0");
-    assert!(port.to_guest.out_bytes / port.to_guest.out_frames > 2000, "{:?}", port.to_guest);
+    // Half of the frames are acknowledgements: the others are longer than the MTU.
+    assert!(port.to_guest.out_bytes / port.to_guest.out_frames > 1518, "{:?}", port.to_guest);
 }
 
 /// A wire that loses, reorders, doubles and delays: TCP gets its bytes through, and every
