@@ -83,12 +83,12 @@ fn group_ignores_outgoing(host: &Namespace, device: &str) -> bool {
     member.receive().unwrap().is_none()
 }
 
-/// The status as the daemon tells it, and its metrics.
+/// The status as the daemon tells it that chose its datapath.
 fn status_of_daemon(lab: &Lab) -> Value {
     let folder = TempDir::new().unwrap();
     let socket = folder.path().join("control");
     let socket = socket.to_str().unwrap();
-    let daemon = lab.daemon(&["--control", socket, "--map", "101=internal:leg"]);
+    let daemon = lab.daemon(&["--control", socket, "--datapath", "auto", "--map", "101=t2"]);
     let output = Command::new(env!("CARGO_BIN_EXE_vlanswitchctl"))
         .args(["--socket", socket, "status", "--json"])
         .output()
@@ -136,6 +136,9 @@ fn the_daemon_knows_what_this_kernel_lacks() {
     fallback(found.yes_or_no("fanout-ignore-outgoing", ignores), "own_frames_filter");
 
     let status = status_of_daemon(&lab);
+    let reason = status["datapath_reason"].as_str().map(|reason| format!(" ({reason})"));
+    let datapath = status["datapath"].as_str().unwrap();
+    found.0.push(("datapath-auto", format!("{datapath}{}", reason.unwrap_or_default())));
     let told: Vec<&str> =
         status["fallbacks"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
     assert_eq!(told, missing, "what the daemon says it does without");

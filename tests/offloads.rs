@@ -101,6 +101,35 @@ fn a_gibibyte_of_tcp_each_way_through_qinq() {
     pair.assert_super_frames();
 }
 
+/// A kernel that loses tagged super-frames: they are cut by us, correctly, and counted. Made
+/// of any kernel by taking away what the start-up probe needs.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn what_the_kernel_may_not_segment_is_cut_and_counted() {
+    for (map, vlan) in [("101=t0", vec![C101]), ("101.20=t0,tpid=0x88a8", vec![S101, C20])] {
+        let lab = Lab::new();
+        let without = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"];
+        let arguments = ["--uplink", "up0", "--log-format", "json", "--datapath", "packet"];
+        let arguments = [&arguments[..], &["--map", map, "--set-uplink-mtu=1504"]].concat();
+        let program = lab::daemon::binary();
+        let daemon = Daemon::start_program(&lab.host, &without, &program, &arguments);
+        assert!(daemon.stderr().iter().any(|line| line.contains("segmented in userspace")));
+        let guest = KernelGuest::open(&lab.host, "t0", OFFLOAD_TCP);
+        let guest = guest.address(&[&format!("{GUEST_V4}/24"), &format!("{GUEST_V6}/64")]);
+        let member = far_members(&lab, &[&vlan]).pop().unwrap();
+        let member = member.address(&[&format!("{MEMBER_V4}/24"), &format!("{MEMBER_V6}/64")]);
+        daemon.attached(&["t0"]);
+        let pair = Pair { member: member.inside, guest, daemon, lab };
+        pair.tcp(64 * MIB);
+        transfer::udp(&pair.guest.inside, &pair.member, MEMBER_V4, 1200, 4);
+        let summary = pair.daemon.stop();
+        let port = summary.port("t0");
+        assert!(port.from_guest.split_frames > 0, "{map}: {:?}", port.from_guest);
+        assert_eq!(port.from_guest.all_drops(), 0, "{map}");
+        assert_eq!(port.to_guest.dropped("bad_offload"), 0, "{map}");
+    }
+}
+
 /// A trunked guest: the tag goes to the guest and comes from it.
 #[test]
 #[ignore = "needs root: makes network namespaces"]

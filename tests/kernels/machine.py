@@ -159,9 +159,10 @@ class Machine:
         return whole
 
     def qemu(self, initrd, console):
+        threads = "single" if "-icount" in self.arguments else "multi"
         # PVH: see image.decompressed.
         return [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "pc", "-cpu", "max", "-m", str(self.memory),
+            "qemu-system-x86_64", "-accel", f"tcg,thread={threads}", "-machine", "pc", "-cpu", "max", "-m", str(self.memory),
             "-smp", str(self.cpus), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-kernel", kernels.kernel(self.version) / "vmlinux", "-initrd", initrd, "-append", KERNEL_ARGUMENTS,
             "-serial", f"file:{console}", "-serial", "stdio", *self.arguments,

@@ -2,6 +2,8 @@
 """Runs the tests of forwarding on emulated machines with Debian's other kernels.
 
     tests/kernels/run.py [--datapath NAME,...] [--only FILE[:TEST],...] [VERSION...]
+    tests/kernels/run.py --compare [VERSION...]
+    tests/kernels/run.py --document
 
 The product and the test programs are built for once, statically, and every kernel gets the
 same ones. A test is what it is on the machine's own kernel: it compares frames byte by byte,
@@ -18,6 +20,8 @@ import subprocess
 import sys
 import time
 
+import compare
+import document
 import kernels
 from machine import FOLDER, Machine
 
@@ -135,7 +139,12 @@ def main():
     parser.add_argument("--datapath", default="packet,auto", help="those to test, with commas")
     parser.add_argument("--only", default="", help="test files, or file:test, with commas")
     parser.add_argument("versions", nargs="*", help=", ".join(kernels.SUITES))
+    parser.add_argument("--compare", action="store_true", help="macvtap on a VLAN device against vlanswitchd, by instructions")
+    parser.add_argument("--document", action="store_true", help="test on all, and write the table of docs/kernels.md")
     options = parser.parse_args()
+    if options.compare:
+        compare.compare(options.versions)
+        return 0
     only = [word for word in options.only.split(",") if word]
     chosen = [name for name in SYSTEM + FORWARDING if not only or name in {word.partition(":")[0] for word in only}]
     programs = build(chosen)
@@ -148,6 +157,8 @@ def main():
         for name in results.failed:
             print(f"    failed: {name}")
     passed, failed = (sum(len(part) for part in parts) for parts in ([r.passed for r in every], [r.failed for r in every]))
+    if options.document:
+        document.write(every, document.of_this_machine(programs["test", "features"]))
     print(f"kernels: {passed} passed, {failed} failed")
     return 1 if failed else 0
 
