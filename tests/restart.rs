@@ -98,7 +98,7 @@ fn forwards(lab: &Lab, guest: &lab::RawGuest, number: u64) {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn every_frame_arrives_once_through_many_restarts_by_the_store() {
-    const RESTARTS: usize = 100;
+    let restarts = lab::scaled(100).max(5);
     let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
     let control = place.control();
     let one = [&["--workers", "1"], &MAPS[..]].concat();
@@ -108,7 +108,7 @@ fn every_frame_arrives_once_through_many_restarts_by_the_store() {
     daemon.as_ref().unwrap().attached(&["t0"]);
     let mut gaps = Vec::new();
     let (sent, rate) = both_ways(&lab, &guest, VLAN, |arrived| {
-        for _ in 0..RESTARTS {
+        for _ in 0..restarts {
             stopped(daemon.take().unwrap());
             let next = daemon.insert(manager.start(&lab, &arguments));
             gaps.push(gap(next));
@@ -128,7 +128,7 @@ fn every_frame_arrives_once_through_many_restarts_by_the_store() {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn every_frame_arrives_once_through_many_restarts_of_two_workers_by_the_store() {
-    const RESTARTS: u32 = 60;
+    let restarts = lab::scaled(60).max(5) as u32;
     let (lab, place, manager) = (Lab::new(), Place::new(), Manager::new());
     let control = place.control();
     let two = [&["--workers", "2", "--rebalance", "off"], &MAPS[..]].concat();
@@ -140,7 +140,7 @@ fn every_frame_arrives_once_through_many_restarts_of_two_workers_by_the_store() 
     let mut gaps = Vec::new();
     let both = [(&guests[0], VLAN), (&guests[1], OTHER)];
     let (sent, rate) = both_ways_twice(&lab, both, |arrived| {
-        for round in 0..RESTARTS {
+        for round in 0..restarts {
             if round % 3 == 1 {
                 move_port(&control, "t0", round / 3 % 2);
                 move_port(&control, "t1", (round / 3 + 1) % 2);

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use vlanswitchd::sys::bpf::{
-    COUNTER_FRAMES, Direction, PerCpuArrayMap, ProgramKind, XdpMode, attach_xdp, load, tcx,
+    COUNTER_FRAMES, Direction, PerCpuArrayMap, ProgramKind, XdpMode, attach_tc, attach_xdp, load,
     vlan_pop_program, vlan_push_program, xdp_count_drop_program,
 };
 
@@ -98,8 +98,8 @@ impl Scene {
                 let push =
                     load(ProgramKind::SchedCls, "bench_push", &vlan_push_program(0x8100, vlan)?)?;
                 let pop = load(ProgramKind::SchedCls, "bench_pop", &vlan_pop_program()?)?;
-                tcx::attach(push.as_fd(), device, Direction::Egress)?;
-                tcx::attach(pop.as_fd(), device, Direction::Ingress)?;
+                attach_tc(push.as_fd(), "bench_push", device, Direction::Egress)?;
+                attach_tc(pop.as_fd(), "bench_pop", device, Direction::Ingress)?;
                 anyhow::Ok(())
             })??;
         }

@@ -195,6 +195,10 @@ pub struct Status {
     pub kernel_segments_tagged: bool,
     /// Whether the kernel takes UDP super-frames.
     pub kernel_segments_udp: bool,
+    /// What is done in another way because this kernel lacks a feature, by the names of
+    /// [`Fallback`](super::fallback::Fallback).
+    #[serde(default)]
+    pub fallbacks: Vec<String>,
     /// Times netlink lost news and the devices were listed anew.
     pub netlink_overruns: u64,
 }

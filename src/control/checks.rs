@@ -3,17 +3,20 @@
 use crate::control::cli::Config;
 use crate::control::config::Datapath;
 use crate::control::doctor;
-use crate::control::links::Links;
+use crate::control::links::{LinkDetails, LinkSocket, Links};
 use crate::control::mapping::{DeviceKind, Origin, PortConfig, TapConfig, is_reserved};
 use crate::control::mtu;
 use crate::control::start_error::StartError;
 use crate::dataplane::kernel;
+use crate::frame::{Tpid, Vid};
 use crate::sys::tap;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use tracing::{info, warn};
 
 const USUAL_GUEST_MTU: u32 = 1500;
+/// What `ip link` calls the driver of VLAN devices.
+pub const VLAN_KIND: &str = "vlan";
 
 /// Refuses what cannot work, warns about what may not, and changes nothing.
 ///
@@ -47,6 +50,42 @@ pub fn kernel_inability(config: &PortConfig) -> Option<&'static str> {
         return Some("an internal port is this process's own");
     }
     kernel::inability(&config.membership, &config.police)
+}
+
+/// Refuses VLANs of the uplink that the host has VLAN devices for.
+///
+/// # Errors
+/// [`StartError::VlanDevice`], or the kernel does not list its devices.
+pub fn vlan_devices(
+    config: &Config,
+    claims: &[(Tpid, Vid)],
+    links: &Links,
+) -> Result<(), StartError> {
+    let Some(uplink) = links.by_name(&config.uplink) else { return Ok(()) };
+    // Most hosts have none: then nothing is asked.
+    if !links.iter().any(|link| link.kind.as_deref() == Some(VLAN_KIND)) {
+        return Ok(());
+    }
+    let found = vlan_device_on(claims, uplink.index, &LinkSocket::new()?.details()?);
+    found.map_or(Ok(()), |(device, tpid, vid)| {
+        let uplink = config.uplink_named();
+        Err(StartError::VlanDevice { uplink, device, tpid, vid })
+    })
+}
+
+/// The first VLAN device among these on a claimed VLAN of the device with index `lower`.
+pub fn vlan_device_on(
+    claims: &[(Tpid, Vid)],
+    lower: u32,
+    devices: &[LinkDetails],
+) -> Option<(String, Tpid, u16)> {
+    devices.iter().find_map(|device| {
+        let vlan = device.vlan.filter(|vlan| vlan.lower == lower)?;
+        let mut claims = claims.iter();
+        let (tpid, vid) =
+            claims.find(|(tpid, vid)| tpid.ethertype() == vlan.tpid && vid.get() == vlan.vid)?;
+        Some((device.state.name.clone(), *tpid, vid.get()))
+    })
 }
 
 /// Refuses a device that cannot be the uplink.

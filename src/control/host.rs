@@ -20,7 +20,7 @@
 
 use crate::control::doctor;
 use crate::control::links::{
-    LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, QDISC_REMOVED, disable_ipv6,
+    LinkDetails, LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, QDISC_REMOVED, disable_ipv6,
     restore_ipv6,
 };
 use crate::control::mapping::PortConfig;
@@ -574,6 +574,14 @@ impl Host {
     /// [`LinkError`].
     pub fn link(&mut self, index: u32) -> Result<LinkState, LinkError> {
         self.links.link(index)
+    }
+
+    /// More about one device.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn details(&mut self, index: u32) -> Result<LinkDetails, LinkError> {
+        self.links.details_of(index)
     }
 
     /// What people should know of a port's device.

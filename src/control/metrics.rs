@@ -12,6 +12,7 @@
 //! [`UNMAPPED_MAX`] with the most frames have a series each; the sum holds all.
 
 use crate::control::api::{Flow, Port, Stats, Status, Unmapped};
+use crate::control::fallback::Fallback;
 use crate::switch::DropReason;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -214,7 +215,7 @@ impl Metric {
 use Kind::{Counter, Gauge, Info};
 
 /// All metrics there are.
-pub static METRICS: [Metric; 35] = [
+pub static METRICS: [Metric; 36] = [
     row(Info, "build", &["version"], "Version of vlanswitchd.", |of, to| {
         to.put([&of.0.version], 1.0)
     }),
@@ -460,6 +461,17 @@ pub static METRICS: [Metric; 35] = [
             to.put(["udp"], f64::from(u8::from(of.0.kernel_segments_udp)))
         },
     ),
+    row(
+        Gauge,
+        "fallback",
+        &["name"],
+        "1 if this is done in another way because the kernel lacks a feature, by what takes its place.",
+        |of, to| {
+            let used = |name| of.0.fallbacks.iter().any(|used| used == name);
+            let mut all = Fallback::ALL.into_iter().map(Fallback::name);
+            all.try_for_each(|name| to.put([name], f64::from(u8::from(used(name)))))
+        },
+    ),
     row(Gauge, "control_clients", &[], "Connections to the sockets of vlanswitchd.", |of, to| {
         to.put([], of.0.clients as f64)
     }),
@@ -579,6 +591,7 @@ mod tests {
             captures: 0,
             kernel_segments_tagged: true,
             kernel_segments_udp: false,
+            fallbacks: vec!["udp_segmentation".to_owned()],
             netlink_overruns: 4,
         };
         let stats = Stats {

@@ -12,6 +12,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod doctor;
+pub mod fallback;
 mod host;
 pub mod links;
 pub mod mapping;

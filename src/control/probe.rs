@@ -5,13 +5,18 @@
 //! UDP super-frame, are sent as the switch sends them, and what the tap's guest
 //! gets is counted. Before 5.19 (5.10.163 and other stable branches of January
 //! 2023) the kernel loses tagged super-frames in silence (commit dfed913e8b55);
-//! before 6.2 it refuses UDP's. What it cannot do is segmented in userspace.
+//! before 6.2 it refuses UDP's. What it cannot do is segmented in userspace. A group of
+//! packet sockets on that tap tells whether it is spared what was sent (6.2), and the tap's
+//! tc hook whether there is TCX (6.6).
 
+use crate::control::fallback::Abilities;
 use crate::control::links::LinkSocket;
-use crate::dataplane::Abilities;
+use crate::dataplane::Abilities as Segmentation;
 use crate::frame::checksum::Sum;
 use crate::frame::vnet::{FLAG_NEEDS_CSUM, GSO_TCPV4, GSO_UDP_L4};
 use crate::frame::{Tag, Tci, Tpid, VnetHeader};
+use crate::sys::bpf::{self, BpfError, Direction};
+use crate::sys::fanout::OwnFramesProbe;
 use crate::sys::netns::in_private_namespace;
 use crate::sys::packet::{SendSpace, Transmitter};
 use crate::sys::tap::{self, TapOptions};
@@ -28,9 +33,6 @@ const SEGMENTS: usize = 3;
 const SEGMENT_LEN: usize = 1000;
 /// The kernel hands segments over while it sends; this is for a busy machine.
 const PATIENCE: Duration = Duration::from_millis(20);
-
-/// What is assumed where nothing can be tried: what every kernel can.
-const CAUTIOUS: Abilities = Abilities { tagged_gso: false, udp_gso: false };
 
 /// A probe under way.
 #[derive(Debug)]
@@ -49,26 +51,27 @@ impl Probe {
     /// Waits for the result.
     pub fn finish(self) -> Abilities {
         let result = self.0.map(JoinHandle::join);
-        let abilities = match result {
-            Some(Ok(Ok(abilities))) => abilities,
+        let kernel = match result {
+            Some(Ok(Ok(kernel))) => kernel,
             Some(Ok(Err(error))) => {
                 warn!(
                     "tagged and UDP super-frames are segmented in userspace, which costs CPU: \
                      whether the kernel can do it could not be tried: {error}"
                 );
-                return CAUTIOUS;
+                // What every kernel can do.
+                return Abilities::default();
             }
-            None | Some(Err(_)) => return CAUTIOUS,
+            None | Some(Err(_)) => return Abilities::default(),
         };
-        if !abilities.tagged_gso {
+        if !kernel.segments.tagged_gso {
             warn!(
                 "super-frames with VLAN tags are segmented in userspace, which costs CPU: this kernel loses them"
             );
         }
-        if !abilities.udp_gso {
+        if !kernel.segments.udp_gso {
             info!("UDP super-frames are segmented in userspace: this kernel does not take them");
         }
-        abilities
+        kernel
     }
 }
 
@@ -90,10 +93,17 @@ fn try_kernel() -> Result<Abilities, Box<dyn Error>> {
         Ok(_) => count_frames(&guest, packet) == SEGMENTS,
         Err(_) => false,
     };
-    Ok(Abilities {
+    let segments = Segmentation {
         tagged_gso: stacks.iter().all(|tags| segmented(&super_frame(tags, GSO_TCPV4))),
         udp_gso: segmented(&super_frame(&[], GSO_UDP_L4)),
-    })
+    };
+    let group = OwnFramesProbe::open(index)?;
+    space.load(&[&plain_frame()]).send_from(&transmitter, 0)?;
+    let tcx = !matches!(
+        bpf::tcx::programs(index, Direction::Ingress),
+        Err(BpfError::Unsupported { .. })
+    );
+    Ok(Abilities { segments, tcx, groups_ignore_outgoing: !group.saw_any() })
 }
 
 /// Counts the frames to the same destination that arrive within [`PATIENCE`]: the
@@ -115,6 +125,14 @@ fn count_frames(guest: &OwnedFd, packet: &[u8]) -> usize {
         }
     }
     count
+}
+
+/// A frame that any kernel sends as it is.
+fn plain_frame() -> Vec<u8> {
+    let mut packet = VnetHeader::default().to_bytes().to_vec();
+    packet.extend([2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 8, 0x88, 0xb5]);
+    packet.resize(packet.len() + 46, 0);
+    packet
 }
 
 /// A super-frame as the switch sends it: virtio header, tags, headers, payload.

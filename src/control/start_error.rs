@@ -7,6 +7,7 @@ use crate::control::server::SocketError;
 use crate::control::takeover::TakeOverError;
 use crate::dataplane::WorkerError;
 use crate::dataplane::kernel::KernelPathError;
+use crate::frame::Tpid;
 use crate::switch::Conflict;
 use crate::sys::bpf::BpfError;
 use crate::sys::packet::PacketError;
@@ -28,6 +29,22 @@ pub enum StartError {
     /// Another vlanswitchd has the uplink.
     #[error("--uplink {0}: another vlanswitchd serves it; stop that one, or add the maps to it")]
     UplinkTaken(String),
+    /// The host has a VLAN device on a VLAN that a port claims.
+    #[error(
+        "{uplink}: VLAN {vid} ({tpid}) is that of the host's VLAN device {device}, and a port \
+         claims it too: both would get every frame; `ip link delete {device}`, or for a host leg \
+         map {vid}=internal:NAME"
+    )]
+    VlanDevice {
+        /// The uplink, as it was written.
+        uplink: String,
+        /// The device.
+        device: String,
+        /// TPID.
+        tpid: Tpid,
+        /// VID.
+        vid: u16,
+    },
     /// A CPU that cannot be used.
     #[error(
         "--cpus: CPU {cpu} is not online, or not for this process: it may use {allowed}; name \
@@ -160,6 +177,7 @@ impl StartError {
                 | Self::InternalTaken(_)
                 | Self::NotForPrograms(_)
                 | Self::Cpu { .. }
+                | Self::VlanDevice { .. }
         )
     }
 }

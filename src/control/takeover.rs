@@ -49,7 +49,7 @@
 
 use crate::control::api::{Flow, INTERFACE, Removed};
 use crate::control::host::{FoundPort, FoundUplink};
-use crate::dataplane::Abilities;
+use crate::control::fallback::Abilities;
 use crate::sys::hand_over;
 use crate::sys::peer::Peer;
 use nix::sys::signal::{Signal, kill};

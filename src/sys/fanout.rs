@@ -23,10 +23,11 @@
 //! [`Filter::Nothing`]: super::packet::Filter::Nothing
 
 use super::bpf::{Steering, UplinkFilter};
-use super::packet::{PacketError, at, attach_filter, get, set};
+use super::packet::{PacketError, at, attach_filter, bind, get, set, socket};
 use libc::c_int;
 use nix::errno::Errno;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use nix::sys::socket::{MsgFlags, recv};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 // include/uapi/linux/if_packet.h
 const FANOUT_EBPF: u32 = 7;
@@ -58,6 +59,39 @@ pub fn form<'s>(
         attach_filter(socket, filter)?;
     }
     Ok(())
+}
+
+/// A group of one socket, to try whether the kernel knows the flag that spares a group what
+/// the host sends. A kernel that does not takes it all the same.
+#[derive(Debug)]
+pub struct OwnFramesProbe(OwnedFd);
+
+impl OwnFramesProbe {
+    /// A group on the device with this index.
+    ///
+    /// # Errors
+    /// [`PacketError`] naming the step.
+    pub fn open(index: u32) -> Result<Self, PacketError> {
+        let socket = socket()?;
+        bind(socket.as_fd(), index, libc::ETH_P_ALL as u16).map_err(at("bind to the device"))?;
+        let request = (FLAG_IGNORE_OUTGOING | FLAG_UNIQUE_ID) << 16;
+        set(socket.as_fd(), libc::SOL_PACKET, libc::PACKET_FANOUT, &request)
+            .map_err(at("form a group of packet sockets"))?;
+        let probe = Self(socket);
+        // What came before it was a group.
+        probe.saw_any();
+        Ok(probe)
+    }
+
+    /// Whether a frame has come since the last time this was asked.
+    pub fn saw_any(&self) -> bool {
+        let mut frame = [0; 64];
+        let mut any = false;
+        while recv(self.0.as_raw_fd(), &mut frame, MsgFlags::MSG_DONTWAIT).is_ok() {
+            any = true;
+        }
+        any
+    }
 }
 
 /// Checks that sockets are in one group that a program steers. In which order they joined

@@ -688,7 +688,7 @@ impl Loaded<'_> {
 /// `PACKET_IGNORE_OUTGOING` (`include/uapi/linux/if_packet.h`, since 4.20).
 const PACKET_IGNORE_OUTGOING: c_int = 23;
 
-fn socket() -> Result<OwnedFd, PacketError> {
+pub(super) fn socket() -> Result<OwnedFd, PacketError> {
     // SAFETY: no memory is passed; a non-negative result is a new descriptor that
     // nobody else owns.
     unsafe {
@@ -700,7 +700,7 @@ fn socket() -> Result<OwnedFd, PacketError> {
     }
 }
 
-fn bind(socket: BorrowedFd<'_>, index: u32, protocol: u16) -> Result<(), Errno> {
+pub(super) fn bind(socket: BorrowedFd<'_>, index: u32, protocol: u16) -> Result<(), Errno> {
     let address = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
         sll_protocol: protocol.to_be(),

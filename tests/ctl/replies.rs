@@ -93,6 +93,7 @@ pub fn status() -> Status {
         captures: 1,
         kernel_segments_tagged: true,
         kernel_segments_udp: false,
+        fallbacks: vec!["udp_segmentation".to_owned(), "clsact".to_owned()],
         netlink_overruns: 0,
     }
 }

@@ -46,6 +46,7 @@ pub mod summary;
 pub mod transfer;
 pub mod tshark;
 pub mod tunnel;
+pub mod vhost;
 
 pub use daemon::{Daemon, Failure};
 pub use frames::{Frame, TagBytes};
@@ -60,6 +61,13 @@ use std::time::{Duration, Instant};
 /// How long a condition may take to come true before a test fails. Generous: a
 /// loaded machine must not fail a correct program.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An amount of work, or the share of it that an emulated processor does in the same time:
+/// `VLANSWITCHD_TEST_SCALE=64` asks for a 64th.
+pub fn scaled(amount: u64) -> u64 {
+    let scale = std::env::var("VLANSWITCHD_TEST_SCALE").ok().and_then(|scale| scale.parse().ok());
+    amount / scale.unwrap_or(1)
+}
 
 /// Asks `probe` until it answers, and fails the test if it has not after
 /// [`PATIENCE`].

@@ -10,6 +10,7 @@ import pathlib
 import py_compile
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 
@@ -29,15 +30,15 @@ def output(*command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()
 
 
-def kernel_package():
+def kernel_package(*apt_options):
     """The package that Debian's `linux-image-amd64` stands for."""
-    listing = output("apt-cache", "depends", "--important", "linux-image-amd64")
+    listing = output("apt-cache", *apt_options, "depends", "--important", "linux-image-amd64")
     return re.search(r"Depends: (linux-image-\S+)", listing)[1]
 
 
-def kernel():
+def kernel(*apt_options):
     """Downloads and unpacks the kernel; returns a folder with `vmlinux` and `lib/modules`."""
-    name = kernel_package()
+    name = kernel_package(*apt_options)
     folder = CACHE / name
     if folder.exists():
         return folder
@@ -46,11 +47,18 @@ def kernel():
         scratch = pathlib.Path(scratch)
         # apt downloads as a user of its own, where it may.
         scratch.chmod(0o777)
-        subprocess.run(["apt-get", "-qq", "download", name], cwd=scratch, check=True)
+        subprocess.run(["apt-get", *apt_options, "-qq", "download", name], cwd=scratch, check=True)
         unpacked = scratch / "unpacked"
         subprocess.run(["dpkg", "-x", next(scratch.glob("*.deb")), unpacked], check=True)
         image = next((unpacked / "boot").glob("vmlinuz-*"))
         (unpacked / "vmlinux").write_bytes(decompressed(image.read_bytes()))
+        if not (unpacked / "lib/modules").exists():
+            # From Debian 13 on nothing is left in /lib.
+            (unpacked / "usr/lib").rename(unpacked / "lib")
+        for module in (unpacked / "lib/modules").rglob("*.ko.xz"):
+            # Compressed since Debian 13; the guest's processor is the slower one.
+            module.with_suffix("").write_bytes(lzma.decompress(module.read_bytes()))
+            module.unlink()
         subprocess.run(["depmod", "-b", unpacked, release(unpacked)], check=True)
         unpacked.rename(folder)
     return folder
@@ -62,23 +70,34 @@ def release(folder):
 
 
 def decompressed(image):
-    """The ELF kernel inside a bzImage.
+    """The ELF kernel inside a bzImage (Documentation/arch/x86/boot.rst).
 
     QEMU starts it by its PVH entry, which spares the guest three seconds of
     unpacking itself on an emulated processor.
     """
-    start = image.index(b"\xfd7zXZ\0")
-    return lzma.LZMADecompressor().decompress(image[start:])
+    setup_sectors = image[0x1F1]
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    # The last four bytes are the size of what comes out.
+    payload = image[start:start + length - 4]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMADecompressor().decompress(payload)
+    return subprocess.run(["unzstd", "-q", "-c"], input=payload, check=True, stdout=subprocess.PIPE).stdout
 
 
-def with_dependencies(modules):
-    """The module files needed, dependencies included, below the folder `modules`."""
+def module_name(path):
+    """A module's name as the kernel says it, of its file or of how people write it."""
+    return pathlib.Path(path).stem.replace("-", "_")
+
+
+def with_dependencies(modules, names):
+    """The files of modules by name and of what they depend on, below the folder `modules`."""
     needs, paths = {}, {}
     for line in (modules / "modules.dep").read_text().splitlines():
         path, dependencies = line.split(":")
         needs[path] = dependencies.split()
-        paths[pathlib.Path(path).stem] = path
-    wanted, todo = set(), [paths[name] for name in MODULES]
+        paths[module_name(path)] = path
+    wanted, todo = set(), [paths[module_name(name)] for name in names]
     while todo:
         path = todo.pop()
         if path not in wanted:
@@ -158,7 +177,7 @@ def initrd():
         tree.program("/bin/dash")
         tree.path("/bin/sh").symlink_to("dash")
         tree.python()
-        for path in with_dependencies(folder / modules):
+        for path in with_dependencies(folder / modules, MODULES):
             tree.copy(folder / modules / path, modules / path)
         # An index of these alone: reading the whole one takes the guest a second.
         subprocess.run(["depmod", "-b", scratch, modules.name], check=True, stderr=subprocess.DEVNULL)

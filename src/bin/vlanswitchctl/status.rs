@@ -4,6 +4,7 @@ use crate::context::{Context, Outcome};
 use crate::text::{fold, percent, since};
 use std::process::ExitCode;
 use vlanswitchd::control::api::{Request, Status, StatusReply};
+use vlanswitchd::control::fallback::Fallback;
 use vlanswitchd::control::report::Tone;
 
 pub fn run(context: &Context) -> Outcome {
@@ -62,6 +63,15 @@ fn describe(status: &Status, colours: bool) -> String {
     let but = if tagged == udp { String::new() } else { format!(", those of UDP by {udp}") };
     let cutting = format!("large frames are cut to the wire's size by {tagged}{but}");
     text.push_str(&fold("cutting     ", &cutting));
+    for name in &status.fallbacks {
+        let help = match Fallback::named(name) {
+            // Told above.
+            Some(Fallback::TaggedSegmentation | Fallback::UdpSegmentation) => continue,
+            Some(fallback) => fallback.help(),
+            None => name,
+        };
+        text.push_str(&fold("fallback    ", help));
+    }
     text.push_str(&fold(
         "clients     ",
         &format!("{} on the control socket, {} capturing", status.clients, status.captures),

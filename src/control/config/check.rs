@@ -24,6 +24,7 @@ pub fn host(config: &Config) -> Result<String, Vec<StartError>> {
         Err(error) => errors.push(error),
         Ok(()) => {
             checks::say_uplink_mtu(config, links);
+            errors.extend(checks::vlan_devices(config, config.table.claims(), links).err());
         }
     }
     errors.extend(config.ports.iter().filter_map(|port| checks::port(port, links).err()));

@@ -346,8 +346,9 @@ impl Daemon {
             config_file: self.config.file.as_ref().map(|file| file.display().to_string()),
             clients: self.server.clients() as u64,
             captures: self.captures.running() as u64,
-            kernel_segments_tagged: self.abilities.tagged_gso,
-            kernel_segments_udp: self.abilities.udp_gso,
+            kernel_segments_tagged: self.abilities.segments.tagged_gso,
+            kernel_segments_udp: self.abilities.segments.udp_gso,
+            fallbacks: self.abilities.fallbacks(),
             netlink_overruns: self.monitor.overruns(),
         }
     }

@@ -274,6 +274,10 @@ impl Daemon {
         let diff = diff::ports(&self.config.ports, &new.ports);
         checks::file_limit(new.ports.len(), self.workers.len())?;
         checks::programs(new)?;
+        let before = self.config.table.claims();
+        let claims = new.table.claims().iter().filter(|claim| !before.contains(claim));
+        let claims: Vec<_> = claims.copied().collect();
+        checks::vlan_devices(new, &claims, self.monitor.links())?;
         for (old, new) in &diff.changed {
             if (old.kind == DeviceKind::Internal) != (new.kind == DeviceKind::Internal) {
                 return Err(ChangeError::OtherKind(new.device.clone()));

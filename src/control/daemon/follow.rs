@@ -3,6 +3,7 @@
 use super::Daemon;
 use super::devices::publish;
 use crate::control::api::EventKind;
+use crate::control::checks;
 use crate::control::host::is_sealed;
 use crate::control::links::{LinkEvent, LinkState, QDISC_REMOVED};
 use crate::control::mapping::DeviceKind;
@@ -131,6 +132,9 @@ impl Daemon {
             }
             return;
         }
+        if link.kind.as_deref() == Some(checks::VLAN_KIND) {
+            self.vlan_device_came(link);
+        }
         let waiting = self.ports.by_device(&link.name);
         let waiting = waiting
             .filter(|(position, port)| port.attached.is_none() && !self.is_late(Some(*position)));
@@ -144,6 +148,29 @@ impl Daemon {
                 Err(StartError::Host(error)) if error.is_device_gone() => {}
                 Err(error) => self.leave_out(link, &link.name, &error),
             }
+        }
+    }
+
+    /// Says so if the host has made a VLAN device on a VLAN that a port claims.
+    fn vlan_device_came(&mut self, link: &LinkState) {
+        let Some((uplink, ..)) = self.uplink.attached else { return };
+        let details = match self.host.details(link.index) {
+            Ok(details) => details,
+            Err(error) => {
+                if !error.is_device_gone() {
+                    warn!("{error}");
+                }
+                return;
+            }
+        };
+        let found = checks::vlan_device_on(self.config.table.claims(), uplink, &[details]);
+        if let Some((device, tpid, vid)) = found {
+            let text = format!(
+                "VLAN device {device} of the host is on VLAN {vid} ({tpid}) of {}, which a port \
+                 claims too: both get every frame; `ip link delete {device}`",
+                self.name
+            );
+            self.tell(EventKind::Seal, Some(&device), text);
         }
     }
 

@@ -24,6 +24,7 @@ mod workers;
 
 use crate::control::api::{Event, EventKind, Removed};
 use crate::control::config::{Config, LogFormat, Metrics};
+use crate::control::fallback::Abilities;
 use crate::control::host::{FoundUplink, Host};
 use crate::control::links::LinkMonitor;
 use crate::control::privileges::Confined;
@@ -34,7 +35,7 @@ use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
 use crate::dataplane::kernel::KernelPath;
-use crate::dataplane::{Abilities, FlowSnapshot};
+use crate::dataplane::FlowSnapshot;
 use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
@@ -110,6 +111,7 @@ pub struct Daemon {
     /// What the uplink's filter lets in.
     claims: Claims,
     workers: Workers,
+    /// What this kernel can do.
     abilities: Abilities,
     /// The counters of ports that were removed.
     retired: Option<Removed>,
@@ -168,6 +170,10 @@ impl Daemon {
         let inherited = Inheritance::ask(config, &mut legacy)?;
         let Inheritance { config, wanted, take, listeners, claim, descriptors, closing } =
             inherited;
+        if take.is_none() {
+            // One that goes on serves its guests: what was refused then came later.
+            checks::vlan_devices(&config, config.table.claims(), monitor.links())?;
+        }
         let known = take.as_ref().and_then(|take| take.state.abilities);
         let probe = known.is_none().then(probe::start);
         let claim = match claim {
@@ -188,7 +194,7 @@ impl Daemon {
             None => (plan.workers, Vec::new()),
         };
         let steering = place_ports(&mut ports, planned.len(), &before)?;
-        let workers = Workers::start(&planned, &config, &ports, abilities)?;
+        let workers = Workers::start(&planned, &config, &ports, abilities.segments)?;
         let heartbeat = Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now());
         let store = Store::of_environment(config.is_fd_store());
         let record = Record::beside(config.control.path(), &config.uplink);

@@ -81,6 +81,7 @@ fn healthy(map: &str) -> Facts {
         captures: 0,
         kernel_segments_tagged: true,
         kernel_segments_udp: true,
+        fallbacks: Vec::new(),
         netlink_overruns: 0,
     };
     let workers = vec![Worker { load: 0.2, ..Worker::default() }];

@@ -425,7 +425,20 @@ impl LinkSocket {
 
     /// All the kernel tells about one device.
     fn report(&mut self, index: u32) -> Result<LinkReport, LinkError> {
-        self.try_report(index).map_err(|failure| LinkError::Refused {
+        self.read_state(index, wire::link_report)
+    }
+
+    /// The device's present state, with what is not followed.
+    pub fn details_of(&mut self, index: u32) -> Result<LinkDetails, LinkError> {
+        self.read_state(index, wire::link_details)
+    }
+
+    fn read_state<T>(
+        &mut self,
+        index: u32,
+        decode: fn(&[u8]) -> Option<T>,
+    ) -> Result<T, LinkError> {
+        self.try_read_state(index, decode).map_err(|failure| LinkError::Refused {
             // Not by `refused`: asking for the name is what has just failed.
             device: format!("network device {index}"),
             operation: "read its state".into(),
@@ -434,19 +447,23 @@ impl LinkSocket {
         })
     }
 
-    fn try_report(&mut self, index: u32) -> Result<LinkReport, Failure> {
-        let mut report = None;
+    fn try_read_state<T>(
+        &mut self,
+        index: u32,
+        decode: fn(&[u8]) -> Option<T>,
+    ) -> Result<T, Failure> {
+        let mut state = None;
         self.exchange(get_link(index), NLM_F_ACK, |message| {
             if message.kind == libc::RTM_NEWLINK {
-                report = wire::link_report(message.payload);
+                state = decode(message.payload);
             }
         })?;
-        report.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData).into())
+        state.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData).into())
     }
 
     /// How an error names the device.
     fn device(&mut self, index: u32) -> String {
-        match self.try_report(index) {
+        match self.try_read_state(index, wire::link_report) {
             Ok(report) => named(&report.state.name, index),
             Err(_) => format!("network device {index}"),
         }

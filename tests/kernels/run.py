@@ -1,0 +1,167 @@
+#!/usr/bin/python3 -B
+"""Runs the tests of forwarding on emulated machines with Debian's other kernels.
+
+    tests/kernels/run.py [--datapath NAME,...] [--only FILE[:TEST],...] [VERSION...]
+    tests/kernels/run.py --compare [VERSION...]
+    tests/kernels/run.py --document
+
+The product and the test programs are built for once, statically, and every kernel gets the
+same ones. A test is what it is on the machine's own kernel: it compares frames byte by byte,
+so that what passes here and there came out the same. `scripts/test-kernels` installs first
+what this needs.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import compare
+import document
+import kernels
+from machine import FOLDER, Machine
+
+import image
+
+TARGET = "x86_64-unknown-linux-gnu"
+# What frames meet: run once for each datapath.
+FORWARDING = ["forwarding", "offloads", "beside"]
+# What the switch asks of the kernel beside that: once is enough.
+SYSTEM = ["features", "kernel_facts", "sys_bpf", "sys_packet", "sys_tap", "restart"]
+# How much less there is to transfer than on a real processor.
+SCALE = "64"
+# A kernel's run may take five minutes, and no more.
+PATIENCE = 300.0
+
+
+def build(names):
+    """Builds the product and these tests statically; returns the paths of programs by name."""
+    words = ["cargo", "test", "--locked", "--no-run", "--target", TARGET, "--target-dir", FOLDER / "build"]
+    for name in names:
+        # The product's binaries are built along with them.
+        words += ["--test", name]
+    environment = {
+        **os.environ,
+        "CARGO_ENCODED_RUSTFLAGS": "-Ctarget-feature=+crt-static",
+        # Optimised a little and without debug information: an emulated processor runs it.
+        "CARGO_PROFILE_DEV_OPT_LEVEL": "1", "CARGO_PROFILE_DEV_DEBUG": "0", "CARGO_PROFILE_DEV_STRIP": "true",
+        "CARGO_INCREMENTAL": "0",
+    }
+    done = subprocess.run(
+        [*words, "--message-format", "json-render-diagnostics"], cwd=image.ROOT, env=environment,
+        stdout=subprocess.PIPE, check=False,
+    )
+    if done.returncode:
+        sys.exit("cannot build the test programs")
+    programs = {}
+    for line in done.stdout.splitlines():
+        message = json.loads(line)
+        if message.get("executable"):
+            kind = "bin" if not message["profile"]["test"] else "test"
+            programs[kind, message["target"]["name"]] = pathlib.Path(message["executable"])
+    return programs
+
+
+class Results:
+    """What the tests on one machine said."""
+
+    def __init__(self, version):
+        self.version = version
+        self.passed, self.failed = [], []
+        # What the machine's own kernel can do, as `tests/features.rs` tells it.
+        self.features = {}
+        self.program = ""
+        self.ended = False
+        self.begin = self.last = time.monotonic()
+
+    def read(self, line):
+        """Takes note of a line, and shows it if it is of interest."""
+        if found := re.match(r"kernels: (\S+ \S+)$", line):
+            self.program = found[1]
+            self.ended = False
+        elif found := re.match(r"test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored.*)$", line):
+            self.note(found[1], found[2] == "ok", not found[2].startswith("ignored"))
+            return
+        elif found := re.match(r"feature (\S+): (.*)$", line):
+            self.features[found[1]] = found[2]
+        elif line.startswith("test result:"):
+            self.ended = True
+        elif found := re.match(r"kernels: status (\d+)$", line):
+            # It ended without its last line: a signal, or an abort.
+            if not self.ended:
+                self.failed.append(f"{self.program}: ended early, status {found[1]}")
+            return
+        if line and not line.startswith(("running ", "test result:", "failures:", "successes:")):
+            print(f"    {line}", flush=True)
+
+    def note(self, test, good, ran):
+        now = time.monotonic()
+        word = ("ok" if good else "FAIL") if ran else "SKIP"
+        print(f"{word:4} {now - self.last:5.1f} s  {self.version} {self.program} {test}", flush=True)
+        self.last = now
+        (self.passed if good else self.failed).append(f"{self.program} {test}")
+
+
+def run_kernel(version, programs, datapaths, only):
+    results = Results(version)
+    machine = Machine(version)
+    script = ["cd /tmp", "export RUST_BACKTRACE=0 VLANSWITCHD_TEST_SCALE=" + SCALE]
+    for (kind, name), path in programs.items():
+        if kind == "bin":
+            # Where the tests look for it.
+            machine.add(path, str(path))
+    plan = [(name, "packet") for name in SYSTEM] + [(name, path) for path in datapaths for name in FORWARDING]
+    for name, datapath in plan:
+        words = [word.partition(":")[2] for word in only if word.partition(":")[0] == name]
+        if only and not words:
+            continue
+        machine.add(programs["test", name], f"/tests/{name}")
+        filters = " ".join(word for word in words if word)
+        script += [
+            f"echo kernels: {name} {datapath}",
+            f"VLANSWITCHD_DATAPATH={datapath} /tests/{name} --include-ignored --test-threads=3 {filters}",
+            'echo "kernels: status $?"',
+        ]
+    code = machine.run("\n".join(script), PATIENCE, results.read)
+    if code is None:
+        results.failed.append(f"{results.program}: the machine did not get to the end in {PATIENCE:g} s")
+        print("    the kernel said:\n    " + machine.console[-4000:].replace("\n", "\n    "), flush=True)
+    results.seconds = time.monotonic() - results.begin
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datapath", default="packet,auto", help="those to test, with commas")
+    parser.add_argument("--only", default="", help="test files, or file:test, with commas")
+    parser.add_argument("versions", nargs="*", help=", ".join(kernels.SUITES))
+    parser.add_argument("--compare", action="store_true", help="macvtap on a VLAN device against vlanswitchd, by instructions")
+    parser.add_argument("--document", action="store_true", help="test on all, and write the table of docs/kernels.md")
+    options = parser.parse_args()
+    if options.compare:
+        compare.compare(options.versions)
+        return 0
+    only = [word for word in options.only.split(",") if word]
+    chosen = [name for name in SYSTEM + FORWARDING if not only or name in {word.partition(":")[0] for word in only}]
+    programs = build(chosen)
+    every = [
+        run_kernel(version, programs, options.datapath.split(","), only)
+        for version in options.versions or kernels.SUITES
+    ]
+    for results in every:
+        print(f"kernel {results.version}: {len(results.passed)} passed, {len(results.failed)} failed in {results.seconds:.0f} s")
+        for name in results.failed:
+            print(f"    failed: {name}")
+    passed, failed = (sum(len(part) for part in parts) for parts in ([r.passed for r in every], [r.failed for r in every]))
+    if options.document:
+        document.write(every, document.of_this_machine(programs["test", "features"]))
+    print(f"kernels: {passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
