@@ -331,7 +331,7 @@ fn draw_way() -> String {
                 (
                     "in the uplink's ring: the kernel has taken the tag out",
                     boxes(false, UNTAGGED, false),
-                    Some(tagged[0]),
+                    tagged.first().copied(),
                 ),
                 (
                     "in the same slot, edited: what vlanswitchd sends",

@@ -81,11 +81,13 @@ fn child() {
     let what = what.to_owned();
     let thread = thread.to_owned();
     let body = move || {
-        let arguments = ["vlanswitchd", "--uplink", "up0", "--map", "1=t0"];
+        let path = if thread == "control" { "packet" } else { "auto" };
+        let arguments = ["vlanswitchd", "--uplink", "up0", "--map", "1=t0", "--datapath", path];
         let config = Config::try_from(Arguments::parse_from(arguments)).unwrap();
         let _confined = match thread.as_str() {
             "worker" => privileges::confine_worker(SandboxMode::On).map(|()| None).unwrap(),
-            "control" => privileges::confine(&config).map(Some).unwrap(),
+            // Only the kernel path makes programs while it runs.
+            "control" | "kernel path" => privileges::confine(&config, None).map(Some).unwrap(),
             _ => None,
         };
         let got = attempt(&what);
@@ -175,6 +177,15 @@ fn what_control_may_not_do_ends_the_process() {
             "dumpable",
         ],
     );
+}
+
+/// The kernel path takes one thing more.
+#[test]
+#[ignore = "needs root"]
+fn programs_are_loaded_by_the_kernel_path_only() {
+    let (signal, said) = in_child("kernel path", "load a BPF program");
+    assert!(signal.is_none() && said.contains("survived"), "{signal:?} {said}");
+    dies("kernel path", &["execve", "fork", "a TCP socket", "mount", "ptrace", "io_uring"]);
 }
 
 #[test]

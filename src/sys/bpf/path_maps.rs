@@ -14,7 +14,7 @@ use super::syscall::{
     BpfError, InfoByFd, MAP_DELETE_ELEM, MAP_LOOKUP_ELEM, MAP_UPDATE_ELEM, MapElement, MapInfo,
     OBJ_GET, OBJ_GET_INFO_BY_FD, OBJ_PIN, ObjectPath, bpf, bpf_open,
 };
-use nix::sys::statfs::statfs;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -25,15 +25,12 @@ use std::path::Path;
 const ARRAY: u32 = 2;
 const PROGRAM_ARRAY: u32 = 3;
 const PERCPU_ARRAY: u32 = 6;
-/// include/uapi/linux/magic.h.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 const RECORD_BYTES: u32 = (Record::LEN * 8) as u32;
 
 /// Whether a folder is in a BPF file system.
 pub fn is_bpf_file_system(folder: &Path) -> bool {
-    // The type of the field differs between machines.
-    statfs(folder).is_ok_and(|facts| facts.filesystem_type().0 as i64 == BPF_FS_MAGIC)
+    statfs(folder).is_ok_and(|facts| facts.filesystem_type() == BPF_FS_MAGIC)
 }
 
 fn path_text(path: &Path) -> Result<CString, BpfError> {
