@@ -238,6 +238,8 @@ def with_systemd():
         check("it says that it forwards", "2: 1 attached" in machine.run("vlanswitchctl status").out, machine.run("vlanswitchctl status").all)
         status = machine.run(f"cat /proc/{machine.property('MainPID')}/status").out
         uid = machine.run("id -u vlanswitchd").out.strip()
+        log = machine.run("journalctl --no-pager -u vlanswitchd").out
+        check("the kernel path has its place, if the kernel can", "Permission denied" not in log, log)
         check("as its user", re.search(rf"^Uid:\t{uid}\t{uid}\t{uid}\t{uid}$", status, re.M), status)
         # CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF.
         check("with three capabilities", "CapEff:\t0000008000003000" in status, status)

@@ -46,6 +46,9 @@ use tracing::{info, warn};
 const BPF_FOLDER: &str = "/sys/fs/bpf";
 /// Ours in it.
 const OUR_FOLDER: &str = "vlanswitchd";
+/// The same, for a service that sees nothing else of a BPF file system: the packages' unit
+/// binds it there, because the one at the usual place is root's alone under systemd.
+const BOUND_FOLDER: &str = "/run/vlanswitchd/bpf";
 /// How long a frame may be on its way from a socket's filter to a program behind it.
 const STRAGGLER_TIME: Duration = Duration::from_millis(1);
 
@@ -64,7 +67,16 @@ pub fn pin_folder(uplink: &str) -> PathBuf {
         (Some(ours), first) if first != Some(ours) => format!("{name}-{ours}"),
         _ => name,
     };
-    Path::new(BPF_FOLDER).join(OUR_FOLDER).join(name)
+    our_folder().join(name)
+}
+
+fn our_folder() -> PathBuf {
+    let bound = Path::new(BOUND_FOLDER);
+    if is_bpf_file_system(bound) {
+        bound.to_owned()
+    } else {
+        Path::new(BPF_FOLDER).join(OUR_FOLDER)
+    }
 }
 
 /// Whether this process has the mounts of who started it: what it mounts outlives it. `ip netns
@@ -80,8 +92,7 @@ fn shares_mounts() -> bool {
 /// The folder of the pins, in a BPF file system, which is mounted if need be.
 fn usable_pin_folder(uplink: &str) -> Option<PathBuf> {
     let root = Path::new(BPF_FOLDER);
-    // A service may be given our folder only, as the packages' unit does.
-    if is_bpf_file_system(&root.join(OUR_FOLDER)) {
+    if is_bpf_file_system(&our_folder()) {
         return Some(pin_folder(uplink));
     }
     if !is_bpf_file_system(root) && !shares_mounts() {
