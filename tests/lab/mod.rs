@@ -69,6 +69,15 @@ pub fn scaled(amount: u64) -> u64 {
     amount / scale.unwrap_or(1)
 }
 
+/// Whether this kernel is of this version or a newer one: for what the lab's own devices can
+/// do, never for what the switch can.
+pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= (major, minor)
+}
+
 /// Asks `probe` until it answers, and fails the test if it has not after
 /// [`PATIENCE`].
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
