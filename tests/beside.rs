@@ -201,7 +201,8 @@ fn tags_arrive_the_same_beside_the_frame_and_in_it() {
         for device in ["c101", "s200", "s200c7"] {
             lab.far.ip(&format!("link set {device} up"));
         }
-        let maps = ["--map", "101=t0", "--map", "200.7=t1,tpid=0x88a8", "--map", "200.8=t2,tpid=0x88a8"];
+        let maps =
+            ["--map", "101=t0", "--map", "200.7=t1,tpid=0x88a8", "--map", "200.8=t2,tpid=0x88a8"];
         let daemon = lab.daemon(&maps);
         let guests = [lab.raw_guest("t0"), lab.raw_guest("t1"), lab.raw_guest("t2")];
         daemon.attached(&["t0", "t1", "t2"]);
@@ -209,7 +210,9 @@ fn tags_arrive_the_same_beside_the_frame_and_in_it() {
         // What a device of the pair takes off or puts on, beside what the port does.
         let inner: [&[TagBytes]; 3] = [&[], &[], &[tag(0x8100, 8)]];
         for round in 0..5 {
-            for (port, ((guest, device), inner)) in (0..).zip(guests.iter().zip(&devices).zip(inner)) {
+            for (port, ((guest, device), inner)) in
+                (0..).zip(guests.iter().zip(&devices).zip(inner))
+            {
                 let number = 10 * round + port;
                 let frame = Frame::numbered(number).untagged_length(1000);
                 device.send(&frame.clone().tags(inner));

@@ -61,7 +61,9 @@ fn segments(socket: &PacketSocket, guest: &RawGuest, whole: &Frame, tags: usize)
     if socket.send(&[&header.bytes(), frame.bytes().as_slice()].concat()).is_err() {
         return false;
     }
-    socket.send(&[&Vnet::default().bytes(), Frame::numbered(1).bytes().as_slice()].concat()).unwrap();
+    socket
+        .send(&[&Vnet::default().bytes(), Frame::numbered(1).bytes().as_slice()].concat())
+        .unwrap();
     let mut got = guest.receive_until(1);
     got.pop();
     got.len() == 3 && got.iter().all(|segment| ip::checked_payload(segment).len() == 1000)

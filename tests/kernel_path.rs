@@ -515,7 +515,8 @@ fn both_paths_do_and_count_the_same() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     for (tpid, own) in [("0x8100", 0x8100), ("0x88a8", 0x88a8)] {
-        let strategy = proptest::collection::vec(any_frame(own), lab::scaled(FRAMES as u64).max(500) as usize);
+        let strategy =
+            proptest::collection::vec(any_frame(own), lab::scaled(FRAMES as u64).max(500) as usize);
         let frames = strategy.new_tree(&mut runner).unwrap().current();
         let [by_packets, in_kernel] =
             ["packet", "kernel"].map(|datapath| outcome(datapath, &frames, tpid));

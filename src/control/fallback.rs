@@ -60,7 +60,9 @@ impl Fallback {
             Self::UdpSegmentation => {
                 "UDP super-frames are cut in userspace, which costs CPU (Linux 6.2)"
             }
-            Self::Clsact => "ports are sealed by clsact, which costs a frame 80 ns (Linux 6.6 has TCX)",
+            Self::Clsact => {
+                "ports are sealed by clsact, which costs a frame 80 ns (Linux 6.6 has TCX)"
+            }
             Self::OwnFramesFilter => {
                 "with several workers a socket filter refuses what the host sends (Linux 6.2)"
             }
@@ -107,7 +109,8 @@ mod tests {
     /// What a process of an earlier version hands over says less.
     #[test]
     fn what_an_earlier_version_does_not_tell_is_taken_as_missing() {
-        let read: Result<Abilities, _> = serde_json::from_str(r#"{"tagged_gso":true,"udp_gso":true}"#);
+        let read: Result<Abilities, _> =
+            serde_json::from_str(r#"{"tagged_gso":true,"udp_gso":true}"#);
         let read = read.ok().map(Abilities::fallbacks);
         assert_eq!(read, Some(vec!["clsact".to_owned(), "own_frames_filter".to_owned()]));
     }

@@ -20,8 +20,8 @@
 
 use crate::control::doctor;
 use crate::control::links::{
-    LinkDetails, LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, QDISC_REMOVED, disable_ipv6,
-    restore_ipv6,
+    LinkDetails, LinkError, LinkSettings, LinkSocket, LinkState, PreviousIpv6, QDISC_REMOVED,
+    disable_ipv6, restore_ipv6,
 };
 use crate::control::mapping::PortConfig;
 use crate::sys::bpf::{

@@ -99,10 +99,8 @@ fn try_kernel() -> Result<Abilities, Box<dyn Error>> {
     };
     let group = OwnFramesProbe::open(index)?;
     space.load(&[&plain_frame()]).send_from(&transmitter, 0)?;
-    let tcx = !matches!(
-        bpf::tcx::programs(index, Direction::Ingress),
-        Err(BpfError::Unsupported { .. })
-    );
+    let tcx =
+        !matches!(bpf::tcx::programs(index, Direction::Ingress), Err(BpfError::Unsupported { .. }));
     Ok(Abilities { segments, tcx, groups_ignore_outgoing: !group.saw_any() })
 }
 

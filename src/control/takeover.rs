@@ -48,8 +48,8 @@
 //! `tests/formats/` has what each number looks like, as the version wrote it that brought it.
 
 use crate::control::api::{Flow, INTERFACE, Removed};
-use crate::control::host::{FoundPort, FoundUplink};
 use crate::control::fallback::Abilities;
+use crate::control::host::{FoundPort, FoundUplink};
 use crate::sys::hand_over;
 use crate::sys::peer::Peer;
 use nix::sys::signal::{Signal, kill};

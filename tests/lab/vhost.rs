@@ -118,12 +118,8 @@ impl VhostGuest {
         set(&vhost, VHOST_SET_OWNER, &0u64).expect("VHOST_SET_OWNER");
         // None: a header of ten bytes, and it is the tap's.
         set(&vhost, VHOST_SET_FEATURES, &0u64).expect("VHOST_SET_FEATURES");
-        let [mut receiving, sending] = [(); 2].map(|()| Queue {
-            memory: map(),
-            kick: eventfd(),
-            offered: 0,
-            taken: 0,
-        });
+        let [mut receiving, sending] =
+            [(); 2].map(|()| Queue { memory: map(), kick: eventfd(), offered: 0, taken: 0 });
         let region = |queue: &Queue| {
             let address = queue.memory as u64;
             [address, QUEUE as u64, address, 0]

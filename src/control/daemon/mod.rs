@@ -34,8 +34,8 @@ use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bin
 use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
 use crate::control::{affinity, checks, privileges};
-use crate::dataplane::kernel::KernelPath;
 use crate::dataplane::FlowSnapshot;
+use crate::dataplane::kernel::KernelPath;
 use crate::switch::PortIndex;
 use crate::sys::bpf::{Steering, UplinkFilter};
 use crate::sys::packet::KernelCounter;
