@@ -167,10 +167,11 @@ fn full_size_frames_need_mtu_for_every_tag_but_one_0x8100() {
     assert!(fits(&[s, c]));
 }
 
-/// A super-frame that gets a tag must have `csum_start` moved with it.
+/// A super-frame that gets a tag must have `csum_start` moved with it: otherwise newer
+/// kernels lose it.
 #[test]
 #[ignore = "needs root: makes network namespaces"]
-fn tagged_super_frames_are_segmented_if_csum_start_moved_and_lost_if_not() {
+fn tagged_super_frames_are_segmented_if_csum_start_moved() {
     let lab = Lab::new();
     // The sending device has no segmentation: the kernel must do it.
     lab.host.tool("ethtool", "-K up0 tso off tx off");
@@ -192,8 +193,11 @@ fn tagged_super_frames_are_segmented_if_csum_start_moved_and_lost_if_not() {
             segments.pop();
             let payloads: Vec<Vec<u8>> = segments.iter().map(ip::checked_payload).collect();
             assert!(segments.iter().all(|segment| segment.tags == tags), "{segments:?}");
-            assert_eq!(payloads.concat(), data, "{version:?} {tags:?}");
-            assert_eq!(payloads.len(), 7);
+            // Linux 5.10 goes by the headers, and sends the wrong one right all the same.
+            let mut frames: Vec<_> = payloads.chunks(7).collect();
+            assert!(frames.len() == 1 || !tags.is_empty() && frames.len() == 2, "{segments:?}");
+            assert_eq!(frames.pop().unwrap().concat(), data, "{version:?} {tags:?}");
+            assert!(frames.iter().all(|frame| frame.concat() == data), "{version:?} {tags:?}");
         }
     }
 }

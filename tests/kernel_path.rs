@@ -120,14 +120,14 @@ fn ended(mut daemon: Daemon, signal: Signal) -> Vec<String> {
 #[test]
 #[ignore = "needs root: makes network namespaces"]
 fn frames_flow_whatever_becomes_of_the_daemon() {
-    const RESTARTS: usize = 24;
+    let restarts = lab::scaled(24).max(6) as usize;
     let bench = Bench::new();
     let arguments = ["--map", "101=t0", "--map", "102=t1", "--datapath", "kernel"];
     let mut daemon = Some(bench.start(&arguments));
     let guest = bench.lab.raw_guest("t0");
     daemon.as_ref().unwrap().attached(&["t0"]);
     let (sent, rate) = both_ways(&bench.lab, &guest, VLAN, |arrived| {
-        for round in 0..RESTARTS {
+        for round in 0..restarts {
             match round % 3 {
                 0 => drop(ended(daemon.take().unwrap(), Signal::SIGKILL)),
                 1 => drop(ended(daemon.take().unwrap(), Signal::SIGTERM)),
@@ -144,7 +144,7 @@ fn frames_flow_whatever_becomes_of_the_daemon() {
             arrived.flows();
         }
     });
-    println!("{sent:?} frames, {rate:.0} a second, during {RESTARTS} restarts");
+    println!("{sent:?} frames, {rate:.0} a second, during {restarts} restarts");
     let port = bench.port("t0");
     let counted = [port.to_guest.out_frames, port.from_guest.out_frames];
     assert_eq!(counted, sent, "counted, over all processes");
@@ -515,7 +515,8 @@ fn both_paths_do_and_count_the_same() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     for (tpid, own) in [("0x8100", 0x8100), ("0x88a8", 0x88a8)] {
-        let strategy = proptest::collection::vec(any_frame(own), FRAMES);
+        let strategy =
+            proptest::collection::vec(any_frame(own), lab::scaled(FRAMES as u64).max(500) as usize);
         let frames = strategy.new_tree(&mut runner).unwrap().current();
         let [by_packets, in_kernel] =
             ["packet", "kernel"].map(|datapath| outcome(datapath, &frames, tpid));

@@ -69,7 +69,9 @@ impl Pair {
         for flow in [&port.from_guest, &port.to_guest] {
             // Half of the frames are acknowledgements of the other direction.
             let mean = flow.out_bytes / flow.out_frames;
-            assert!(mean > 3000, "{mean} bytes a frame: {flow:?}");
+            // A slow processor's stack sends smaller ones, and veth merges none before 5.13.
+            let least = if scaled(MIB) < MIB { 1518 } else { 3000 };
+            assert!(mean > least, "{mean} bytes a frame: {flow:?}");
             assert_eq!(flow.dropped("bad_offload"), 0);
         }
         drop(self.lab);
@@ -408,8 +410,9 @@ fn merged_tunnels_are_cut_apart_again_and_arrive() {
             let split = daemon.summary().port("t0").to_guest.split_frames - before;
             merged += u64::from(split > 0);
         }
-        // On the kernel path nobody here cuts them, and nobody can tell.
-        if lab::daemon::datapath() == "packet" {
+        // On the kernel path nobody here cuts them, and nobody can tell; and veth merges since
+        // Linux 5.13 only.
+        if lab::daemon::datapath() == "packet" && lab::kernel_is_at_least(5, 13) {
             assert_eq!(merged, 3, "the kernel merged all three, or this test shows nothing");
         }
         daemon.stop();
@@ -440,7 +443,7 @@ fn tcp_through_a_vxlan_between_guest_and_far_end() {
     transfer::tcp(guest, member, "10.2.0.2", scaled(64 * MIB));
     let summary = pair.daemon.stop();
     let cut = summary.port("t0").to_guest.split_frames;
-    if lab::daemon::datapath() == "packet" {
+    if lab::daemon::datapath() == "packet" && lab::kernel_is_at_least(5, 13) {
         assert!(cut > 0, "no super-frame of the tunnel reached us: this test shows nothing");
     }
 }

@@ -40,7 +40,7 @@ a veth pair. docs/performance.md has the figures of real processors."""
 def build():
     """Builds the benchmark and the product statically; returns their paths."""
     words = ["cargo", "bench", "--locked", "--no-run", "--bench", "versus_macvtap"]
-    words += ["--target", "x86_64-unknown-linux-gnu", "--target-dir", FOLDER / "build"]
+    words += ["--target", "x86_64-unknown-linux-gnu", "--target-dir", FOLDER / "bench"]
     environment = {
         **os.environ,
         "CARGO_ENCODED_RUSTFLAGS": "-Ctarget-feature=+crt-static",

@@ -72,8 +72,9 @@ def tests(every):
     return lines
 
 
-def write(every, own):
-    """Puts the tables of these runs into the document."""
+def write(every, program):
+    """Puts the tables of these runs into the document, beside what `program` finds here."""
+    own = of_this_machine(program)
     text = FILE.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]

@@ -60,13 +60,22 @@ use std::time::{Duration, Instant};
 
 /// How long a condition may take to come true before a test fails. Generous: a
 /// loaded machine must not fail a correct program.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An amount of work, or the share of it that an emulated processor does in the same time:
 /// `VLANSWITCHD_TEST_SCALE=64` asks for a 64th.
 pub fn scaled(amount: u64) -> u64 {
     let scale = std::env::var("VLANSWITCHD_TEST_SCALE").ok().and_then(|scale| scale.parse().ok());
     amount / scale.unwrap_or(1)
+}
+
+/// Whether this kernel is of this version or a newer one: for what the lab's own devices can
+/// do, never for what the switch can.
+pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= (major, minor)
 }
 
 /// Asks `probe` until it answers, and fails the test if it has not after
