@@ -366,7 +366,7 @@ fn an_older_version_is_asked_for_what_it_has() {
     let control = control.to_str().unwrap();
     let arguments = ["--uplink", "up0", "--takeover", "--control", control, "--map", "101=t0"];
     let refused = lab.failing_daemon(&arguments);
-    assert!(refused.stderr.contains("refuses: asked for 2, then for 1"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("refuses: asked for 3, then for 1"), "{}", refused.stderr);
     assert!(older.try_wait().unwrap().is_none(), "it is left in peace");
     older.kill().unwrap();
     older.wait().unwrap();

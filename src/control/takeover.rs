@@ -475,7 +475,8 @@ mod tests {
             older_format(&answer)
         };
         assert_eq!(refusal("org.vlanswitchd.OtherFormat", 1), Some(1));
-        assert_eq!(refusal("org.vlanswitchd.OtherFormat", 2), None);
+        assert_eq!(refusal("org.vlanswitchd.OtherFormat", 2), Some(2));
+        assert_eq!(refusal("org.vlanswitchd.OtherFormat", 3), None);
         assert_eq!(refusal("org.vlanswitchd.OtherFormat", 99), None);
         assert_eq!(refusal("org.vlanswitchd.Refused", 1), None);
         assert_eq!(older_format(&serde_json::json!({ "parameters": {} })), None);
@@ -520,7 +521,7 @@ mod tests {
     #[test]
     fn another_number_is_not_read_at_all() {
         let error = Stored::read(br#"{"format":99,"state":0}"#).unwrap_err();
-        assert_eq!(error, "it has format 99, and this version reads 1 to 2");
+        assert_eq!(error, "it has format 99, and this version reads 1 to 3");
         assert!(Stored::read(b"{}").unwrap_err().starts_with("it cannot be read: "));
     }
 }

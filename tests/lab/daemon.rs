@@ -285,6 +285,9 @@ impl Failure {
         arguments: &[&str],
     ) -> Self {
         let mut command = namespace.command_through(wrapper, program);
+        if arguments.contains(&"--uplink") && !arguments.contains(&"--datapath") {
+            command.args(["--datapath", &datapath()]);
+        }
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the daemon starts");
         let mut stdout = Lines::of(child.stdout.take().unwrap());

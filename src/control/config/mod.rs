@@ -244,7 +244,8 @@ impl Config {
         }
         let control = arguments.control.clone().or(told.control);
         let can_be_told = file.is_some() || matches!(control, Some(Control::Socket(_)));
-        if specs.is_empty() && arguments.maps.is_empty() && !can_be_told {
+        let needs_port = !can_be_told && !arguments.is_give_back();
+        if specs.is_empty() && arguments.maps.is_empty() && needs_port {
             errors.push(ConfigError::NoPort);
         }
         let place = uplink.as_ref().map(|(device, place)| Uplink { device, place });

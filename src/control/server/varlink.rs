@@ -260,7 +260,7 @@ mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix("method ")?.split('(').next())
             .collect();
-        assert_eq!(methods.len(), 15);
+        assert_eq!(methods.len(), 16);
         for method in methods {
             // With every parameter there is, of a wrong type for each: a method without
             // a type would be an unknown variant.
