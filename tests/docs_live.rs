@@ -127,6 +127,8 @@ fn step(page: &str, command: &str) -> String {
         let arguments = bare.strip_prefix("vlanswitchd").unwrap();
         let with = if bare.contains("--config") { "daemon" } else { "without_file daemon" };
         format!("{with} {arguments}")
+    } else if bare.contains("--give-back") {
+        format!("stop; without_file {bare} >out.log 2>&1; daemon --config \"$file\"")
     } else if bare.starts_with("vlanswitchd --uplink") && !bare.contains("--config") {
         format!("without_file {bare} >out.log 2>&1")
     } else if let Some(device) = bare.strip_prefix("ip link delete ") {
@@ -244,6 +246,7 @@ pages! {
     configuration: "docs/configuration.md", "a-port";
     containers: "docs/containers.md", "a-port";
     control: "docs/control.md", "a-port";
+    kernel_path: "docs/kernel-path.md", "a-port";
     libvirt: "docs/libvirt.md", "a-port";
     metrics: "docs/metrics.md", "a-port";
     migration: "docs/migration.md", "no-ports";

@@ -206,10 +206,10 @@ def without_systemd():
         check("files are as before", not left, "\n".join(sorted(left)))
 
 
-def with_systemd():
+def with_systemd(path):
     with Machine("systemd") as machine:
         version = int(machine.run("systemctl --version").out.split()[1])
-        print(f"under systemd {version}:", flush=True)
+        print(f"under systemd {version}, datapath {path}:", flush=True)
         before, accounts = machine.files(), machine.accounts()
         machine.run("ip link add eth0 type veth peer name far0; ip link add eth1 type veth peer name far1")
         machine.run("ip link add web2 type veth peer name guest2")
@@ -232,7 +232,7 @@ def with_systemd():
             exposure = re.findall(r"exposure level .*", done.all)
             check(f"systemd-analyze security: {(exposure or ['?'])[0]}", done.ok, done.all)
 
-        machine.write("/etc/vlanswitchd/vlanswitchd.toml", CONFIGURATION)
+        machine.write("/etc/vlanswitchd/vlanswitchd.toml", f'[switch]\ndatapath = "{path}"\n' + CONFIGURATION)
         done = machine.run("systemctl enable --now vlanswitchd")
         check("it starts", done.ok, machine.run("journalctl --no-pager -u vlanswitchd").out)
         check("it says that it forwards", "2: 1 attached" in machine.run("vlanswitchctl status").out, machine.run("vlanswitchctl status").all)
@@ -320,7 +320,15 @@ def rpm():
     check("a shell can read them", done.returncode == 0, done.stderr)
 
 
-for part in (rpm, without_systemd, with_systemd):
+def by_the_packet_path():
+    with_systemd("packet")
+
+
+def by_the_kernel_path():
+    with_systemd("auto")
+
+
+for part in (rpm, without_systemd, by_the_packet_path, by_the_kernel_path):
     try:
         part()
     except (TimeoutError, subprocess.SubprocessError, RuntimeError, OSError) as error:

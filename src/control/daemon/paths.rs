@@ -62,9 +62,12 @@ pub fn pin_folder(uplink: &str) -> PathBuf {
         fs::metadata(format!("/proc/{process}/ns/net")).map(|facts| facts.ino()).ok()
     };
     let name = uplink.replace('%', "%25").replace('.', "%2e");
-    let name = match (namespace("self"), namespace("1")) {
-        // Where it cannot be told, as if it were another: names must not be taken twice.
-        (Some(ours), first) if first != Some(ours) => format!("{name}-{ours}"),
+    let (ours, first) = (namespace("self"), namespace("1"));
+    let numbered = ours.map(|ours| format!("{name}-{ours}"));
+    let name = match numbered {
+        // Where it cannot be told, as if it were another: names must not be taken twice. A
+        // user of its own cannot tell, and root has to find what it has left.
+        Some(numbered) if first != ours || our_folder().join(&numbered).exists() => numbered,
         _ => name,
     };
     our_folder().join(name)
