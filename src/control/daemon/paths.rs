@@ -17,8 +17,12 @@
 //! Tag pairs of one outer VLAN are on one path together, as the uplink's filter knows the
 //! outer VLAN only.
 
+mod moves;
+mod pins;
+
+pub use pins::pin_folder;
+
 use super::Daemon;
-use super::devices::open;
 use super::ports::Port;
 use crate::control::api::EventKind;
 use crate::control::checks;
@@ -29,95 +33,15 @@ use crate::control::placement;
 use crate::control::start_error::StartError;
 use crate::dataplane::kernel::{self, KernelPath, KernelPathError, Target};
 use crate::dataplane::{FlowSnapshot, Place};
-use crate::port::{Device, NetdevOptions};
 use crate::switch::{Membership, PortIndex};
-use crate::sys::bpf::{self, SharedPair, is_bpf_file_system};
-use nix::mount::{MsFlags, mount};
-use nix::unistd::getppid;
+use pins::usable_pin_folder;
 use std::collections::HashMap;
-use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use tracing::{info, warn};
-
-/// Where BPF file systems are mounted (Documentation/bpf/).
-const BPF_FOLDER: &str = "/sys/fs/bpf";
-/// Ours in it.
-const OUR_FOLDER: &str = "vlanswitchd";
-/// The same, for a service that sees nothing else of a BPF file system: the packages' unit
-/// binds it there, because the one at the usual place is root's alone under systemd.
-const BOUND_FOLDER: &str = "/run/vlanswitchd/bpf";
-/// How long a frame may be on its way from a socket's filter to a program behind it.
-const STRAGGLER_TIME: Duration = Duration::from_millis(1);
 
 /// Why there is no kernel path when an operator has taken it away.
 const DETACHED: &str = "detached by `vlanswitchctl detach`, until the next start";
-
-/// Where the pins of an uplink are: by its name, and by the network namespace if that is not
-/// the first process's.
-pub fn pin_folder(uplink: &str) -> PathBuf {
-    let namespace = |process: &str| {
-        fs::metadata(format!("/proc/{process}/ns/net")).map(|facts| facts.ino()).ok()
-    };
-    let name = uplink.replace('%', "%25").replace('.', "%2e");
-    let (ours, first) = (namespace("self"), namespace("1"));
-    let numbered = ours.map(|ours| format!("{name}-{ours}"));
-    let name = match numbered {
-        // Where it cannot be told, as if it were another: names must not be taken twice. A
-        // user of its own cannot tell, and root has to find what it has left.
-        Some(numbered) if first != ours || our_folder().join(&numbered).exists() => numbered,
-        _ => name,
-    };
-    our_folder().join(name)
-}
-
-fn our_folder() -> PathBuf {
-    let bound = Path::new(BOUND_FOLDER);
-    if is_bpf_file_system(bound) {
-        bound.to_owned()
-    } else {
-        Path::new(BPF_FOLDER).join(OUR_FOLDER)
-    }
-}
-
-/// Whether this process has the mounts of who started it: what it mounts outlives it. `ip netns
-/// exec` makes mounts of their own, which end with what it starts.
-fn shares_mounts() -> bool {
-    let mounts = |process: &str| fs::metadata(format!("/proc/{process}/ns/mnt"));
-    match (mounts("self"), mounts(&getppid().to_string())) {
-        (Ok(ours), Ok(parents)) => ours.ino() == parents.ino(),
-        _ => false,
-    }
-}
-
-/// The folder of the pins, in a BPF file system, which is mounted if need be.
-fn usable_pin_folder(uplink: &str) -> Option<PathBuf> {
-    let root = Path::new(BPF_FOLDER);
-    if is_bpf_file_system(&our_folder()) {
-        return Some(pin_folder(uplink));
-    }
-    if !is_bpf_file_system(root) && !shares_mounts() {
-        warn!(
-            "{BPF_FOLDER} is no BPF file system, and one mounted here would not last: the kernel \
-             path ends with this process, and a restart loses frames; `mount -t bpf bpf \
-             {BPF_FOLDER}` before makes it last"
-        );
-        return None;
-    }
-    if !is_bpf_file_system(root)
-        && let Err(errno) =
-            mount(Some("bpf"), root, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
-    {
-        warn!(
-            "{BPF_FOLDER} is no BPF file system and cannot be made one ({errno}): the kernel path \
-             ends with this process; `mount -t bpf bpf {BPF_FOLDER}` makes it last"
-        );
-        return None;
-    }
-    Some(pin_folder(uplink))
-}
 
 /// The kernel path, as far as the configuration wants one and this kernel can. The second
 /// part says why there is none.
@@ -513,206 +437,6 @@ impl Daemon {
         }
     }
 
-    /// Moves ports to the packet path.
-    fn demote(&mut self, ports: &[(PortIndex, String)]) -> Result<(), StartError> {
-        for (position, reason) in ports {
-            if let Some(port) = self.ports.get_mut(*position) {
-                port.in_kernel = false;
-                port.why_packet.clone_from(reason);
-            }
-        }
-        let opened = self.fit_uplink_ring().and_then(|()| self.open_shut(ports));
-        let opened = match opened {
-            Ok(opened) => opened,
-            Err(error) => {
-                for (position, _) in ports {
-                    if let Some(port) = self.ports.get_mut(*position) {
-                        port.in_kernel = true;
-                    }
-                }
-                return Err(error);
-            }
-        };
-        self.count_queues();
-        let mut switches = Vec::with_capacity(opened.len());
-        for (position, link, device, switch) in opened {
-            self.begin_transition(position, Some(link.index));
-            self.enter_device(position, &link, device);
-            switches.push((position, link.index, switch));
-        }
-        let absent = ports.iter().map(|(position, _)| *position);
-        let absent: Vec<PortIndex> = absent
-            .filter(|position| !switches.iter().any(|(other, ..)| other == position))
-            .collect();
-        for position in absent {
-            self.begin_transition(position, None);
-        }
-        self.await_devices();
-        for (position, _, switch) in &switches {
-            if let Err(error) = switch.set(1, 0) {
-                warn!("port {position}: {error}");
-            }
-        }
-        self.claim_for_packet_path();
-        std::thread::sleep(STRAGGLER_TIME);
-        for (position, index, _) in switches {
-            if let Err(error) = self.host.replace_guard(index, None) {
-                warn!("{error}");
-            }
-            self.unfilter(position);
-        }
-        for (position, reason) in ports {
-            self.lead(*position);
-            self.tell_path(*position, &format!("on the packet path: {reason}"));
-        }
-        Ok(())
-    }
-
-    /// Waits until the workers have the devices they were given: frames for a port would be
-    /// `guest_absent` until then.
-    fn await_devices(&mut self) {
-        // Any answer will do, and this one changes nothing.
-        if let Ok(table) = self.table_after(&[], &[]) {
-            self.switch_tables(table);
-            self.await_switch();
-        }
-    }
-
-    /// Opens the devices of ports with filters that let nothing in yet. Each comes with the
-    /// value that lets frames in.
-    fn open_shut(
-        &self,
-        ports: &[(PortIndex, String)],
-    ) -> Result<Vec<(PortIndex, LinkState, Device, SharedPair)>, StartError> {
-        let slots = self.config.ring_size.slots(self.ports.len());
-        let links = self.monitor.links();
-        let mut opened = Vec::with_capacity(ports.len());
-        for (position, _) in ports {
-            let port = self.ports.get(*position);
-            let link = port.and_then(Port::index).and_then(|index| links.by_index(index));
-            let path = port.and_then(|port| port.path.as_ref());
-            let (Some(link), Some(path)) = (link, path) else { continue };
-            let device = open(link, NetdevOptions::ShutPort { slots })?;
-            let (filter, switch) = path.ring_filter()?;
-            if let Some(socket) = device.poll_fd() {
-                bpf::attach_filter(socket, filter.as_fd())?;
-            }
-            opened.push((*position, link.clone(), device, switch));
-        }
-        Ok(opened)
-    }
-
-    /// Puts programs in transition in their places.
-    fn begin_transition(&mut self, position: PortIndex, index: Option<u32>) {
-        let program = self.guest_program(position, true);
-        let guarded =
-            program.map_err(StartError::from).and_then(|program| match (index, program) {
-                (Some(index), Some(program)) => {
-                    Ok(self.host.replace_guard(index, Some(program))?)
-                }
-                _ => Ok(()),
-            });
-        let link = index.and_then(|index| self.monitor.links().by_index(index)).cloned();
-        let led = self.try_to_lead(position, link.as_ref(), true).map_err(StartError::from);
-        if let Err(error) = guarded.and(led) {
-            // One of its frames may come twice.
-            warn!("port {position} changes its path all at once: {error}");
-        }
-    }
-
-    fn unfilter(&self, position: PortIndex) {
-        let port = self.ports.get(position);
-        let counter = port.and_then(|port| port.attached.as_ref()?.counter.as_ref());
-        if let Some(counter) = counter
-            && let Err(error) = bpf::detach_filter(counter.socket())
-        {
-            warn!("port {position}: {error}");
-        }
-    }
-
-    /// Moves ports to the kernel path.
-    fn promote(&mut self, ports: &[PortIndex]) {
-        let mut switches = Vec::with_capacity(ports.len());
-        for position in ports {
-            match self.filter_ring(*position) {
-                Ok(switch) => switches.push((*position, switch)),
-                Err(error) => {
-                    let Some(port) = self.ports.get_mut(*position) else { continue };
-                    warn!("{}: stays on the packet path: {error}", port.config.device);
-                    port.unable = true;
-                    port.why_packet = error.to_string();
-                }
-            }
-        }
-        std::thread::sleep(STRAGGLER_TIME);
-        for (position, _) in &switches {
-            let index = self.ports.get(*position).and_then(Port::index);
-            self.begin_transition(*position, index);
-        }
-        let moved: Vec<PortIndex> = switches.iter().map(|(position, _)| *position).collect();
-        for position in &moved {
-            if let Some(port) = self.ports.get_mut(*position) {
-                port.in_kernel = true;
-                port.why_packet.clear();
-            }
-        }
-        self.skip_queues(&moved);
-        for (position, switch) in &switches {
-            if let Some(switch) = switch
-                && let Err(error) = switch.set(0, 0)
-            {
-                warn!("port {position}: {error}");
-            }
-        }
-        self.claim_for_packet_path();
-        std::thread::sleep(STRAGGLER_TIME);
-        for position in &moved {
-            let index = self.ports.get(*position).and_then(Port::index);
-            let program = self.guest_program(*position, false);
-            let guarded = program.map_err(StartError::from).and_then(|program| match index {
-                Some(index) => Ok(self.host.replace_guard(index, program)?),
-                None => Ok(()),
-            });
-            if let Err(error) = guarded {
-                warn!("port {position}: {error}");
-            }
-            self.lead(*position);
-            self.tell_path(*position, "on the kernel path");
-        }
-        let devices: Vec<Option<PortIndex>> = moved.iter().copied().map(Some).collect();
-        self.ask_back(&devices);
-        let departed = self.await_departures(&devices);
-        self.close(&devices, departed);
-        for position in &moved {
-            if let Some(attached) =
-                self.ports.get_mut(*position).and_then(|port| port.attached.as_mut())
-            {
-                attached.slots = 0;
-            }
-        }
-        if let Err(error) = self.fit_uplink_ring() {
-            warn!("{error}");
-        }
-    }
-
-    /// Has a port's socket filter tell what it decides, before the port leaves the packet
-    /// path. Returns the value that shuts it; none for a port without a device.
-    fn filter_ring(&mut self, position: PortIndex) -> Result<Option<SharedPair>, StartError> {
-        let (Some(kernel), Some(port)) = (&self.kernel, self.ports.get_mut(position)) else {
-            return Ok(None);
-        };
-        if port.path.is_none() {
-            let config = &port.config;
-            port.path = Some(kernel.port(port.number, &config.device)?);
-        }
-        let (Some(path), Some(attached)) = (&port.path, &port.attached) else { return Ok(None) };
-        let Some(counter) = &attached.counter else { return Ok(None) };
-        let (filter, switch) = path.ring_filter()?;
-        switch.set(1, 0)?;
-        bpf::attach_filter(counter.socket(), filter.as_fd())?;
-        Ok(Some(switch))
-    }
-
     fn tell_path(&mut self, position: PortIndex, what: &str) {
         let Some(port) = self.ports.get(position) else { return };
         let name = port.config.device.clone();
@@ -743,20 +467,6 @@ impl Daemon {
             let Some(path) = &mut port.path else { continue };
             if let Some(count) = path.target().and_then(|target| dropped.get(&target.index)) {
                 path.note_dropped(*count);
-            }
-        }
-    }
-
-    /// What these ports' devices have dropped until now was counted by the packet path.
-    fn skip_queues(&mut self, ports: &[PortIndex]) {
-        let index = |port: &PortIndex| self.ports.get(*port).and_then(Port::index);
-        let indexes: Vec<u32> = ports.iter().filter_map(index).collect();
-        let dropped = self.host.dropped(&indexes);
-        for position in ports {
-            let Some(port) = self.ports.get_mut(*position) else { continue };
-            let count = port.index().and_then(|index| Some((index, *dropped.get(&index)?)));
-            if let (Some((index, count)), Some(path)) = (count, &mut port.path) {
-                path.skip_dropped(index, count);
             }
         }
     }
@@ -796,23 +506,6 @@ impl Daemon {
             Place::Everywhere | Place::Uplink => true,
             Place::Port(other) => other == position,
         })
-    }
-
-    /// Enters a device in the books, and gives it to its worker.
-    fn enter_device(&mut self, position: PortIndex, link: &LinkState, device: Device) {
-        let counter = match device.kernel_counter() {
-            Ok(counter) => counter,
-            Err(error) => {
-                warn!("{}: {error}", link.name);
-                None
-            }
-        };
-        if let Some(attached) = self.ports.get_mut(position).and_then(|port| port.attached.as_mut())
-        {
-            attached.counter = counter;
-            attached.slots = device.position().1;
-        }
-        self.attach_devices(vec![(position, Box::new(device))], Vec::new());
     }
 
     /// Takes the kernel path off the uplink and the ports: who serves them next finds none
