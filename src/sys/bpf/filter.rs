@@ -238,25 +238,10 @@ fn uplink_filter(
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-    use super::super::syscall::{Command, bpf};
+    use super::super::syscall::test_run;
     use super::*;
     use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
     use nix::unistd::Pid;
-
-    /// `union bpf_attr` of BPF_PROG_TEST_RUN.
-    #[repr(C)]
-    #[derive(Default)]
-    struct TestRun {
-        prog_fd: u32,
-        retval: u32,
-        data_size_in: u32,
-        data_size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-    }
-    const _: () = assert!(size_of::<TestRun>() == 40);
 
     const SOURCE: [u8; 6] = [0x52, 0x54, 0, 0xff, 0x80, 1];
 
@@ -265,15 +250,7 @@ mod tests {
         // A socket filter's data starts after the Ethernet header the kernel takes off
         // (`bpf_prog_test_run_skb`); with AF_PACKET it starts at that header. So one more.
         let data = [&[0; 14], frame].concat();
-        let mut attributes = TestRun {
-            prog_fd: filter.program.as_raw_fd() as u32,
-            data_size_in: data.len() as u32,
-            data_in: data.as_ptr() as u64,
-            ..TestRun::default()
-        };
-        // SAFETY: `data_in` has `data_size_in` bytes and lives on; nothing is written out.
-        unsafe { bpf(&Command::new(10), &mut attributes) }.unwrap();
-        attributes.retval
+        test_run(filter.program.as_fd(), &data).unwrap()
     }
 
     fn frame(tags: &[(u16, u16)]) -> Vec<u8> {

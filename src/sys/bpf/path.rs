@@ -454,3 +454,7 @@ impl ToGuest<'_> {
         writer.finish()
     }
 }
+
+#[cfg(test)]
+#[path = "path/tests.rs"]
+mod tests;

@@ -11,6 +11,8 @@ use crate::sys::sandbox::Call;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::ffi::{CStr, CString};
 use std::io;
+#[cfg(test)]
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// What a program is for, which decides its context and helpers: `enum bpf_prog_type`.
@@ -462,6 +464,37 @@ pub fn load(kind: ProgramKind, name: &str, program: &[Instruction]) -> Result<Ow
         Ok(program) => Ok(program),
         Err(_) => Err(BpfError::Rejected { name: name.to_owned(), log: last_lines(&log), source }),
     }
+}
+
+/// `union bpf_attr` of BPF_PROG_TEST_RUN.
+#[cfg(test)]
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+}
+#[cfg(test)]
+const _: () = assert!(size_of::<TestRun>() == 40);
+
+/// Runs a program once on a frame; returns its verdict.
+#[cfg(test)]
+pub(super) fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<u32> {
+    let mut attributes = TestRun {
+        prog_fd: program.as_raw_fd() as u32,
+        data_size_in: frame.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        ..TestRun::default()
+    };
+    // SAFETY: `data_in` has `data_size_in` bytes and lives on; nothing is written out.
+    unsafe { bpf(&Command::new(10), &mut attributes) }?;
+    Ok(attributes.retval)
 }
 
 /// The end of a NUL-terminated log.
