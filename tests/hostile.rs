@@ -527,7 +527,10 @@ fn blocks_the_uplink(workers: &str) {
         let bytes = one.receive_within(Duration::from_millis(50))?;
         (Frame::read(&bytes) == frame).then_some(())
     });
-    assert!(daemon.stderr().iter().any(|line| line.contains("stopped filling")), "{workers}");
+    // The line comes after the frame.
+    eventually(&format!("it is told, with {workers} workers"), || {
+        daemon.stderr().iter().any(|line| line.contains("stopped filling")).then_some(())
+    });
     daemon.settled();
     daemon.stop();
 }
