@@ -543,6 +543,32 @@ fn both_paths_do_and_count_the_same() {
     }
 }
 
+/// A device that was found is the host's again when it is no port any more: nothing of ours
+/// is left at its ingress, though a running switch may not ask the kernel what stands there.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_found_device_that_is_no_port_any_more_is_the_hosts() {
+    let bench = Bench::new();
+    let _guest = bench.lab.raw_guest("t0");
+    let daemon = bench.start(&["--map", "101=t0", "--map", "102=t1", "--datapath", "kernel"]);
+    daemon.attached(&["t0"]);
+    let index = bench.index("t0");
+    let sealed = || {
+        bench.lab.host.enter(|| is_attached_tc("vlansw_seal", index, Direction::Ingress).unwrap())
+    };
+    assert!(sealed());
+    bench.lab.host.ip("link set t0 down");
+    bench.lab.host.ip("link set t0 name t9");
+    eventually("it is not sealed any more", || (!sealed()).then_some(()));
+    bench.lab.host.ip("link set t9 name t0");
+    eventually("it is sealed again", || sealed().then_some(()));
+    let request = Request::RemovePort { name: "t0".to_owned(), persist: None };
+    bench.client().call(&request).unwrap();
+    assert!(!sealed());
+    ended(daemon, Signal::SIGTERM);
+    bench.give_back();
+}
+
 /// What one VLAN's guest gets is counted as lost if it does not read.
 #[test]
 #[ignore = "needs root: makes network namespaces"]

@@ -480,13 +480,14 @@ impl Host {
             tell(self.links.delete_root_qdisc(found.index).map_err(HostError::from));
         }
         tell(restore_ipv6(&found.name, found.ipv6).map_err(HostError::from));
-        self.drop_guard(found.index);
         // Last, so that the host hears nothing while the rest is put back.
         tell(
             detach_tc(SEAL_NAME, found.index, Direction::Ingress)
                 .map(drop)
                 .map_err(HostError::from),
         );
+        // Not before: without CAP_SYS_ADMIN it is known only as long as it is remembered.
+        self.drop_guard(found.index);
     }
 
     /// Switches off what loses frames on the uplink and raises its MTU if need be.
