@@ -380,3 +380,23 @@ fn each_outer_vlan_has_inner_ones_of_its_own() {
         assert_eq!(found, expected, "{outer}.{inner}");
     }
 }
+
+/// What programs are made of is what the table decides by.
+#[test]
+fn a_trunks_vids_are_told_as_runs() {
+    let trunk = |vids: &[u16], native: Option<u16>| {
+        let vids = vids.iter().map(|vid| Vid::new(*vid).unwrap()).collect();
+        let native = native.map(|vid| Vid::new(vid).unwrap());
+        Membership::new(Vlans::List(vids), None, native, Tpid::Service, None, Priority::Copy)
+            .unwrap()
+    };
+    let scattered = trunk(&[1, 2, 3, 64, 65, 4094], Some(2));
+    let runs = vec![(1, 3), (64, 65), (4094, 4094)];
+    assert_eq!(scattered.guest_rules().allowed(), Some((Tpid::Service, runs)));
+    for (vid, pop) in [(1, 0), (2, 1), (4094, 0)] {
+        let removal = scattered.removal(Vid::new(vid).unwrap());
+        assert_eq!((removal.pop, removal.refuse_inner), (pop, false), "{vid}");
+    }
+    assert_eq!(one(101).membership().guest_rules().allowed(), None);
+    assert_eq!(one(101).membership().removal(Vid::new(101).unwrap()).pop, 1);
+}
