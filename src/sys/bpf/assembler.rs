@@ -119,10 +119,6 @@ pub enum Helper {
     Redirect = 23,
     /// `long bpf_skb_load_bytes(skb, u32 offset, void *to, u32 len)`
     LoadBytes = 26,
-    /// `long bpf_xdp_adjust_head(xdp, int delta)`
-    XdpAdjustHead = 44,
-    /// `long bpf_redirect_map(map, u64 key, u64 flags)`
-    RedirectMap = 51,
 }
 
 /// The right-hand side of an operation: a register or a constant.

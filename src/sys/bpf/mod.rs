@@ -45,7 +45,7 @@ pub use assembler::{
 pub use clsact::remove_empty_qdisc;
 pub use filter::{UplinkFilter, attach_filter, detach_filter};
 pub use map::{ArrayMap, PerCpuArrayMap};
-pub use path_maps::{ProgramArray, Records, SharedPair, is_bpf_file_system, pin};
+pub use path_maps::{ProgramArray, Records, SharedPair, is_bpf_file_system};
 pub use programs::{
     COUNTER_BYTES, COUNTER_FRAMES, PopRule, TaggedVlan, seal_program, tc_count_drop_program,
     vlan_pop_program, vlan_pop_redirect, vlan_push_program, vlan_push_redirect,

@@ -44,7 +44,7 @@ fn path_text(path: &Path) -> Result<CString, BpfError> {
 ///
 /// # Errors
 /// There is something of that name, or no such folder.
-pub fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<(), BpfError> {
+fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<(), BpfError> {
     let text = path_text(path)?;
     let mut attributes = ObjectPath {
         pathname: text.as_ptr() as u64,
