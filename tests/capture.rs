@@ -96,6 +96,7 @@ impl Bed {
             filter: None,
             snaplen: SNAPLEN_MAX as u32,
             limit: None,
+            several_workers: false,
         };
         change(&mut options);
         self.send(Command::Capture(Box::new(sink)));

@@ -11,7 +11,7 @@
 
 mod lab;
 
-use lab::both_ways::both_ways;
+use lab::both_ways::{both_ways, each_once};
 use lab::daemon::binary;
 use lab::frames::{Frame, TagBytes, tag};
 use lab::{Daemon, Flow, Lab, RawGuest, Summary, Wire, eventually};
@@ -22,7 +22,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vlanswitchd::control::api::{
@@ -94,6 +93,23 @@ impl Bench {
         self.lab.host.enter(|| is_attached_tc(DISPATCHER_NAME, index, Direction::Ingress).unwrap())
     }
 
+    /// Waits until `port show` says this of a port's path.
+    fn until_reason(&self, port: &str, word: &str) {
+        eventually(&format!("{port}: {word}"), || {
+            self.port(port).datapath_reason?.contains(word).then_some(())
+        });
+    }
+
+    /// A veth takes what XDP redirects to it when its other end polls.
+    fn let_uplink_take_redirected(&self) {
+        self.lab.far.tool("ethtool", "-K far0 gro on");
+    }
+
+    /// Whether a driver's XDP hook has a program.
+    fn has_xdp(&self, device: &str) -> bool {
+        self.lab.host.link(device).unwrap()["xdp"]["mode"] == 1
+    }
+
     fn give_back(&self) {
         let output = self.command(&["--give-back"]).output().unwrap();
         assert!(output.status.success(), "{output:?}");
@@ -163,68 +179,6 @@ fn frames_flow_whatever_becomes_of_the_daemon() {
     assert_eq!(host.receive_within(Duration::from_millis(50)), None, "sealed");
 }
 
-/// Numbered frames each way, as many as arrive, in any order. Returns how many were sent,
-/// to the guest and from it, after checking that each has arrived once.
-fn each_once(bench: &Bench, guest: &RawGuest, meanwhile: impl FnOnce()) -> [u64; 2] {
-    const WINDOW: u64 = 300;
-    let wire = bench.lab.wire();
-    let stop = AtomicBool::new(false);
-    let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
-        let mut number = 0;
-        while !stop.load(Ordering::Relaxed) {
-            if number - arrived.load(Ordering::Relaxed) < WINDOW {
-                number += 1;
-                send(number);
-            } else {
-                std::thread::yield_now();
-            }
-        }
-        number
-    };
-    let receive = |arrived: &AtomicU64, receive: &dyn Fn(Duration) -> Option<Vec<u8>>| {
-        let mut numbers = Vec::new();
-        loop {
-            match receive(Duration::from_secs(1)) {
-                Some(bytes) => {
-                    numbers.push(Frame::read(&bytes).number());
-                    arrived.fetch_add(1, Ordering::Relaxed);
-                }
-                None if stop.load(Ordering::Relaxed) => break numbers,
-                None => {}
-            }
-        }
-    };
-    let (down, up) = (AtomicU64::new(0), AtomicU64::new(0));
-    let wire = &wire;
-    std::thread::scope(|scope| {
-        let senders = [
-            scope.spawn(|| send(&down, &|n| wire.send(&Frame::numbered(n).tags(&[VLAN])))),
-            scope.spawn(|| send(&up, &|n| guest.send(&Frame::numbered(n).reversed()))),
-        ];
-        let receivers = [
-            scope.spawn(|| receive(&down, &|patience| guest.receive_within(patience))),
-            scope.spawn(|| receive(&up, &|patience| wire.receive_within(patience))),
-        ];
-        struct Stop<'s>(&'s AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let stopping = Stop(&stop);
-        meanwhile();
-        drop(stopping);
-        let sent = senders.map(|sender| sender.join().unwrap());
-        for (receiver, sent) in receivers.into_iter().zip(sent) {
-            let mut numbers = receiver.join().unwrap();
-            numbers.sort_unstable();
-            let all: Vec<u64> = (1..=sent).collect();
-            assert!(numbers == all, "{} arrived of {sent}", numbers.len());
-        }
-        sent
-    })
-}
-
 /// A limit, or a capture, brings a port to the packet path; without it, it goes back.
 #[test]
 #[ignore = "needs root: makes network namespaces"]
@@ -235,7 +189,7 @@ fn a_port_changes_its_path_and_each_frame_arrives_once() {
     let guest = bench.lab.raw_guest("t0");
     daemon.attached(&["t0"]);
     assert_eq!(bench.port("t0").datapath_reason, None);
-    let sent = each_once(&bench, &guest, || {
+    let sent = each_once(&bench.lab, &guest, VLAN, |_| {
         for _ in 0..10 {
             let port = bench.set("t0", "rate", "100G");
             assert_eq!(port.datapath, "packet");
@@ -261,7 +215,7 @@ fn a_port_changes_its_path_and_each_frame_arrives_once() {
     assert!(sent.iter().all(|frames| *frames > 1000), "{sent:?} frames are no traffic");
     let port = bench.port("t0");
     assert_eq!([port.to_guest.out_frames, port.from_guest.out_frames], sent, "on both paths");
-    let more = each_once(&bench, &guest, || {
+    let more = each_once(&bench.lab, &guest, VLAN, |_| {
         bench.client().call(&Request::Detach {}).unwrap();
     });
     assert!(!bench.has_dispatcher() && bench.port("t0").datapath == "packet");
@@ -449,9 +403,14 @@ struct Outcome {
     unmapped: BTreeMap<(u16, u16), u64>,
 }
 
-fn outcome(datapath: &str, frames: &[Sent], tpid: &str) -> Outcome {
+/// By `express`, as the kernel path does it for guests without offloads.
+fn outcome(datapath: &str, express: bool, frames: &[Sent], tpid: &str) -> Outcome {
     let bench = Bench::new();
-    let maps = PORTS.map(|(_, map)| map);
+    let option = if express { ",offload=off" } else { "" };
+    if express {
+        bench.let_uplink_take_redirected();
+    }
+    let maps = PORTS.map(|(_, map)| format!("{map}{option}"));
     let arguments: Vec<&str> = maps.iter().flat_map(|map| ["--map", map]).collect();
     let daemon = bench.start(
         &[&arguments[..], &["--tpid", tpid, "--set-uplink-mtu", "--datapath", datapath]].concat(),
@@ -459,6 +418,13 @@ fn outcome(datapath: &str, frames: &[Sent], tpid: &str) -> Outcome {
     assert!(daemon.greeting.ends_with(&format!("datapath {datapath}")), "{}", daemon.greeting);
     let guests = PORTS.map(|(name, _)| bench.lab.raw_guest(name));
     daemon.attached(&PORTS.map(|(name, _)| name));
+    if express {
+        for (name, _) in PORTS {
+            // Trunks without a native VLAN drop what XDP would take.
+            let word = if name == "trunk" { "no frame without a tag" } else { "XDP sends" };
+            bench.until_reason(name, word);
+        }
+    }
     let wire = bench.lab.wire();
     let received = Mutex::new(BTreeMap::<String, Vec<Vec<u8>>>::new());
     let collect = |name: &str, receive: &dyn Fn() -> Option<Vec<u8>>| {
@@ -518,29 +484,134 @@ fn both_paths_do_and_count_the_same() {
         let strategy =
             proptest::collection::vec(any_frame(own), lab::scaled(FRAMES as u64).max(500) as usize);
         let frames = strategy.new_tree(&mut runner).unwrap().current();
-        let [by_packets, in_kernel] =
-            ["packet", "kernel"].map(|datapath| outcome(datapath, &frames, tpid));
-        for (name, frames) in &by_packets.received {
-            let others = in_kernel.received.get(name).cloned().unwrap_or_default();
-            let only = |ones: &[Vec<u8>], others: &[Vec<u8>]| -> Vec<String> {
-                let ones = ones.iter().filter(|one| !others.contains(one));
-                ones.take(5).map(|bytes| format!("{:?}", Frame::read(bytes))).collect()
-            };
-            assert!(
-                *frames == others,
-                "{tpid}: at {name}: by packets only: {:?}; in the kernel only: {:?}",
-                only(frames, &others),
-                only(&others, frames)
-            );
+        let by_packets = outcome("packet", false, &frames, tpid);
+        for express in [false, true] {
+            compare(&by_packets, &outcome("kernel", express, &frames, tpid), tpid);
         }
-        assert!(by_packets.received.len() > PORTS.len(), "all have got something");
-        assert_eq!(by_packets.counted, in_kernel.counted, "{tpid}");
-        assert_eq!(by_packets.unmapped, in_kernel.unmapped, "{tpid}");
-        assert_eq!(by_packets.received.keys().len(), in_kernel.received.keys().len());
-        let reasons: usize =
-            by_packets.counted.values().map(|(from, to)| from.drops.len() + to.drops.len()).sum();
-        assert!(reasons > 8, "{reasons} kinds of drops are too few to compare");
     }
+}
+
+fn compare(by_packets: &Outcome, in_kernel: &Outcome, tpid: &str) {
+    for (name, frames) in &by_packets.received {
+        let others = in_kernel.received.get(name).cloned().unwrap_or_default();
+        let only = |ones: &[Vec<u8>], others: &[Vec<u8>]| -> Vec<String> {
+            let ones = ones.iter().filter(|one| !others.contains(one));
+            ones.take(5).map(|bytes| format!("{:?}", Frame::read(bytes))).collect()
+        };
+        assert!(
+            *frames == others,
+            "{tpid}: at {name}: by packets only: {:?}; in the kernel only: {:?}",
+            only(frames, &others),
+            only(&others, frames)
+        );
+    }
+    assert!(by_packets.received.len() > PORTS.len(), "all have got something");
+    assert_eq!(by_packets.counted, in_kernel.counted, "{tpid}");
+    assert_eq!(by_packets.unmapped, in_kernel.unmapped, "{tpid}");
+    assert_eq!(by_packets.received.keys().len(), in_kernel.received.keys().len());
+    let reasons: usize =
+        by_packets.counted.values().map(|(from, to)| from.drops.len() + to.drops.len()).sum();
+    assert!(reasons > 8, "{reasons} kinds of drops are too few to compare");
+}
+
+/// A guest without offloads is served by XDP, whatever becomes of the daemon and of the port.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_guest_without_offloads_is_served_by_xdp() {
+    let bench = Bench::new();
+    let arguments = ["--map", "101=t0,offload=off", "--datapath", "auto"];
+    let mut daemon = Some(bench.start(&arguments));
+    let guest = bench.lab.raw_guest("t0");
+    daemon.as_ref().unwrap().attached(&["t0"]);
+    bench.until_reason("t0", "the driver of up0 takes no frames by XDP");
+    assert!(!bench.has_xdp("t0"));
+    bench.let_uplink_take_redirected();
+    bench.until_reason("t0", "XDP sends");
+    assert!(bench.has_xdp("t0"));
+    let sent = each_once(&bench.lab, &guest, VLAN, |_| {
+        for round in 0..9 {
+            match round % 3 {
+                0 => drop(ended(daemon.take().unwrap(), Signal::SIGKILL)),
+                1 => drop(ended(daemon.take().unwrap(), Signal::SIGTERM)),
+                _ => {
+                    let after = bench.start(&[&arguments[..], &["--takeover"]].concat());
+                    let mut before = daemon.replace(after).unwrap();
+                    eventually("the one before ends", || before.ended());
+                    continue;
+                }
+            }
+            assert!(bench.has_xdp("t0"), "it outlives its daemon");
+            daemon = Some(bench.start(&arguments));
+            bench.until_reason("t0", "XDP sends");
+        }
+        for _ in 0..5 {
+            // Seen by the packet path only, then not at all.
+            assert_eq!(bench.set("t0", "rate", "100G").datapath, "packet");
+            assert!(!bench.has_xdp("t0"));
+            assert_eq!(bench.set("t0", "rate", "").datapath, "kernel");
+            bench.until_reason("t0", "XDP sends");
+            bench.set("t0", "mode", "access");
+            bench.until_reason("t0", "XDP sends");
+            bench.set("t0", "mode", "tunnel");
+        }
+    });
+    assert!(sent.iter().all(|frames| *frames > 1000), "{sent:?} frames are no traffic");
+    let port = bench.port("t0");
+    assert_eq!([port.to_guest.out_frames, port.from_guest.out_frames], sent);
+
+    // The tag it puts on is the port's, at once.
+    let wire = bench.lab.wire();
+    bench.set("t0", "vlan", "202");
+    bench.until_reason("t0", "XDP sends");
+    guest.send(&Frame::numbered(1).reversed());
+    let got = Frame::read(&wire.receive_within(lab::PATIENCE).expect("a frame"));
+    assert_eq!(got.tags, [tag(0x8100, 202)]);
+
+    // Without the option, by hand, and for good.
+    bench.set("t0", "offload", "auto");
+    assert!(!bench.has_xdp("t0") && bench.port("t0").datapath_reason.is_none());
+    bench.set("t0", "offload", "off");
+    bench.until_reason("t0", "XDP sends");
+    bench.client().call(&Request::Detach {}).unwrap();
+    assert!(!bench.has_xdp("t0"));
+    ended(daemon.take().unwrap(), Signal::SIGTERM);
+
+    let daemon = bench.start(&arguments);
+    bench.until_reason("t0", "XDP sends");
+    ended(daemon, Signal::SIGTERM);
+    assert!(bench.has_xdp("t0"));
+    bench.give_back();
+    assert!(!bench.has_xdp("t0"));
+}
+
+/// A guest with offloads would send what XDP cannot: its port declares what is not so.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_guest_with_offloads_is_not_served_by_xdp() {
+    let bench = Bench::new();
+    bench.let_uplink_take_redirected();
+    let daemon = bench.start(&["--map", "101=t0,offload=off", "--datapath", "kernel"]);
+    let guest = bench.lab.raw_guest("t0");
+    daemon.attached(&["t0"]);
+    bench.until_reason("t0", "XDP sends");
+    // A driver that takes offloads comes up in the guest.
+    guest.set_offload(libc::TUN_F_CSUM);
+    bench.until_reason("t0", "its guest has checksum offload");
+    assert!(!bench.has_xdp("t0"));
+    eventually("it is told", || {
+        daemon
+            .stderr()
+            .iter()
+            .any(|line| line.contains("t0: offload=off, but no XDP"))
+            .then_some(())
+    });
+    let wire = bench.lab.wire();
+    guest.send(&Frame::numbered(1).reversed());
+    assert!(wire.receive_within(lab::PATIENCE).is_some(), "it is served all the same");
+    guest.set_offload(0);
+    bench.until_reason("t0", "XDP sends");
+    ended(daemon, Signal::SIGTERM);
+    bench.give_back();
 }
 
 /// A device that was found is the host's again when it is no port any more: nothing of ours

@@ -64,9 +64,10 @@ impl Bed {
         let (out, err) = (Stdio::from(log.reopen()?), Stdio::null());
         let mut daemon = host.start(&program, &arguments, out, err)?;
         wait_for_line(&mut daemon, &log, "forwarding: ")?;
-        let elsewhere = host.run(|| kernel::open_tap("elsetap"))??;
+        let elsewhere = host.run(|| kernel::open_tap("elsetap", true))??;
         host.command("ip link set elsetap up")?;
-        let tap = |number: usize| host.run(move || kernel::open_tap(&format!("tap{number}")))?;
+        let tap =
+            |number: usize| host.run(move || kernel::open_tap(&format!("tap{number}"), true))?;
         let hostile = tap(0)?;
         let polite = (1..=POLITE).map(tap).collect::<Result<_>>()?;
         Ok(Self { daemon, log, hostile, elsewhere, polite, far: Arc::new(far), _host: host })

@@ -34,6 +34,8 @@ pub struct Datapath {
     /// Name in tables, plots and `--only`.
     pub name: String,
     kind: Kind,
+    /// Its guest has no offloads, as one with an e1000, and the switch is told so.
+    pub plain_guest: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -55,7 +57,7 @@ pub struct Running {
 impl Datapath {
     /// What every ratio is taken against: untagged, doing no VLAN work.
     pub fn macvtap() -> Self {
-        Self { name: "macvtap".into(), kind: Kind::Macvtap }
+        Self { name: "macvtap".into(), kind: Kind::Macvtap, plain_guest: false }
     }
 
     /// A build of vlanswitchd: `[LABEL=]PATH [ARGS...]`.
@@ -69,12 +71,12 @@ impl Datapath {
         if !Path::new(program).is_file() {
             bail!("--daemon {program}: no such file");
         }
-        Ok(Self { name: label.into(), kind: Kind::Daemon(words) })
+        Ok(Self { name: label.into(), kind: Kind::Daemon(words), plain_guest: false })
     }
 
     /// Another switch.
     pub fn peer(peer: Peer) -> Self {
-        Self { name: peer.name().into(), kind: Kind::Peer(peer) }
+        Self { name: peer.name().into(), kind: Kind::Peer(peer), plain_guest: false }
     }
 
     /// The program and arguments behind a column, for the record.
@@ -120,7 +122,7 @@ impl Datapath {
         match &self.kind {
             Kind::Macvtap => start_macvtap(host, UPLINK, scratch),
             Kind::Daemon(words) if is_foreign(words) => start_foreign(host, words, scratch),
-            Kind::Daemon(words) => start_daemon(host, words, scratch, ports),
+            Kind::Daemon(words) => start_daemon(host, words, scratch, ports, self.plain_guest),
             Kind::Peer(peer) => peer.start(host, scratch),
         }
         .with_context(|| format!("{} did not start", self.name))
@@ -166,10 +168,13 @@ fn start_daemon(
     words: &[String],
     scratch: &Path,
     ports: usize,
+    plain_guest: bool,
 ) -> Result<Running> {
     let mut arguments = words.to_vec();
     let program = arguments.remove(0);
-    arguments.extend(["--uplink".into(), UPLINK.into(), "--map".into(), format!("{VLAN}={TAP}")]);
+    let option = if plain_guest { ",offload=off" } else { "" };
+    let map = format!("{VLAN}={TAP}{option}");
+    arguments.extend(["--uplink".into(), UPLINK.into(), "--map".into(), map]);
     for extra in 1..ports {
         arguments.extend(["--map".into(), format!("{}=tap{extra}", usize::from(VLAN) + extra)]);
     }
@@ -178,14 +183,26 @@ fn start_daemon(
     wait_for(&mut running, &log, "forwarding", || {
         Ok(std::fs::read_to_string(&log)?.lines().any(|line| line.starts_with("forwarding:")))
     })?;
-    let guest = host.run(|| kernel::open_tap(TAP))??;
+    let guest = host.run(move || kernel::open_tap(TAP, !plain_guest))??;
     Ok(Running { guest, children: running.take() })
+}
+
+/// Waits until XDP takes what the guest sends, which it does once the far end takes it.
+pub fn wait_for_xdp(host: &Namespace) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !host.command(&format!("ip link show {TAP}"))?.contains(" xdp ") {
+        if Instant::now() > end {
+            bail!("no XDP program on {TAP} after 10 s: see `vlanswitchctl port show {TAP}`");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// A program that is not vlanswitchd: gets a tap that is up and has no queue discipline, and
 /// counts as ready once it listens on both devices.
 fn start_foreign(host: &Namespace, words: &[String], scratch: &Path) -> Result<Running> {
-    let guest = host.run(|| kernel::open_tap(TAP))??;
+    let guest = host.run(|| kernel::open_tap(TAP, true))??;
     host.command(&format!("ip link set {TAP} up"))?;
     host.command(&format!("tc qdisc replace dev {TAP} root noqueue"))?;
     let arguments: Vec<String> = words

@@ -24,16 +24,17 @@ const OFFLOADS: libc::c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 
 /// Opens the tap `name` of the calling thread's network namespace; makes it if there is none.
-pub fn open_tap(name: &str) -> Result<File> {
-    prepare(Path::new("/dev/net/tun"), name)
+/// Its guest takes offloads or does not.
+pub fn open_tap(name: &str, offloads: bool) -> Result<File> {
+    prepare(Path::new("/dev/net/tun"), name, if offloads { OFFLOADS } else { 0 })
 }
 
 /// Opens a macvtap by its character device. The name is ignored by the kernel there.
 pub fn open_macvtap(node: &Path) -> Result<File> {
-    prepare(node, "")
+    prepare(node, "", OFFLOADS)
 }
 
-fn prepare(node: &Path, name: &str) -> Result<File> {
+fn prepare(node: &Path, name: &str, offloads: libc::c_uint) -> Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -61,7 +62,7 @@ fn prepare(node: &Path, name: &str) -> Result<File> {
     let result = unsafe { libc::ioctl(fd, libc::TUNSETVNETHDRSZ, &raw const header_length) };
     check(result, "TUNSETVNETHDRSZ")?;
     // SAFETY: fd is open; TUNSETOFFLOAD takes its flags by value and no pointer.
-    let result = unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(OFFLOADS)) };
+    let result = unsafe { libc::ioctl(fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
     check(result, "TUNSETOFFLOAD")?;
     let in_flight = libc::c_int::MAX;
     // SAFETY: fd is open; TUNSETSNDBUF reads one int, which outlives the call.

@@ -95,7 +95,7 @@ impl Peer {
 
 /// A tap that is up, opened as its guest would.
 fn tap(host: &Namespace) -> Result<std::fs::File> {
-    let guest = host.run(|| kernel::open_tap(TAP))??;
+    let guest = host.run(|| kernel::open_tap(TAP, true))??;
     host.command(&format!("ip link set {TAP} up"))?;
     Ok(guest)
 }

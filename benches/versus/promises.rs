@@ -9,9 +9,11 @@ use super::report::Results;
 use super::statistics::Spread;
 use super::workload::{Direction, Workload};
 
-/// The columns the promises are about: the packet path, and the kernel path.
+/// The columns the promises are about: the packet path, the kernel path, and the kernel path of
+/// a guest without offloads.
 const OURS: &str = "vlanswitchd";
 const KERNEL: &str = "vlanswitchd-kernel";
+const XDP: &str = "vlanswitchd-xdp";
 
 /// What a figure is divided by.
 #[derive(Clone, Copy, PartialEq)]
@@ -81,7 +83,7 @@ const fn in_kernel(promise: Promise) -> Promise {
     Promise { column: KERNEL, ..promise }
 }
 
-const PROMISES: [Promise; 24] = [
+const PROMISES: [Promise; 25] = [
     at_least("guest to wire, 60 bytes, to macvtap", (flood(60), "delivered_mpps"), MACVTAP, 1.0),
     at_least(
         "guest to wire, 1514 bytes, to macvtap",
@@ -196,6 +198,15 @@ const PROMISES: [Promise; 24] = [
         MACVTAP,
         1.0,
     )),
+    Promise {
+        column: XDP,
+        ..at_least(
+            "kernel path, offload=off, guest to wire, 60 bytes, to macvtap",
+            (flood(60), "delivered_mpps"),
+            MACVTAP,
+            1.8,
+        )
+    },
 ];
 
 impl Promise {

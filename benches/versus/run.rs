@@ -130,6 +130,10 @@ fn datapaths(options: &Options) -> Result<(Vec<Datapath>, Absent)> {
             let command = format!("{label}={program} --datapath {path}");
             all.push(Datapath::daemon(&command, label)?);
         }
+        let command = format!("vlanswitchd-xdp={program} --datapath kernel");
+        let mut xdp = Datapath::daemon(&command, "vlanswitchd-xdp")?;
+        xdp.plain_guest = true;
+        all.push(xdp);
     }
     for (number, command) in options.daemon.iter().enumerate() {
         all.push(Datapath::daemon(command, &format!("daemon-{}", number + 1))?);

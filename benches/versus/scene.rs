@@ -22,7 +22,7 @@ use vlanswitchd::sys::bpf::{
     vlan_pop_program, vlan_push_program, xdp_count_drop_program,
 };
 
-use super::datapath::{Datapath, GUEST_ADDRESS, Running, UPLINK, VLAN};
+use super::datapath::{Datapath, GUEST_ADDRESS, Running, UPLINK, VLAN, wait_for_xdp};
 use super::kernel;
 use super::namespace::Namespace;
 use super::traffic::{Worker, pump};
@@ -46,7 +46,7 @@ pub struct Scene {
     pub guest: Option<Arc<Namespace>>,
     /// Namespace of the wire's far end.
     pub far: Arc<Namespace>,
-    _host: Namespace,
+    host: Namespace,
     /// Tag that the wire carries, if any.
     pub vlan: Option<u16>,
 }
@@ -70,7 +70,7 @@ impl Scene {
             datapath,
             guest: None,
             far: Arc::new(far),
-            _host: host,
+            host,
             vlan,
         })
     }
@@ -85,6 +85,9 @@ impl Scene {
             let link = attach_xdp(program.as_fd(), interface(FAR_DEVICE)?, XdpMode::Native)?;
             anyhow::Ok(Sink { counters, _link: link })
         })??);
+        if datapath.plain_guest {
+            wait_for_xdp(&scene.host)?;
+        }
         Ok(scene)
     }
 
@@ -105,7 +108,7 @@ impl Scene {
         }
         scene.far.command(&format!("ip address add {FAR_IP}/24 dev {FAR_DEVICE}"))?;
         let guest = Namespace::new()?;
-        let nic = guest.run(|| kernel::open_tap(GUEST_DEVICE))??;
+        let nic = guest.run(|| kernel::open_tap(GUEST_DEVICE, true))??;
         guest.command(&format!("ip link set {GUEST_DEVICE} address {GUEST_ADDRESS} up"))?;
         guest.command(&format!("ip address add {GUEST_IP}/24 dev {GUEST_DEVICE}"))?;
         scene.pumps.push(pump(&nic, &scene.datapath.guest)?);

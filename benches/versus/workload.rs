@@ -208,6 +208,11 @@ impl Workload {
     /// Why this datapath cannot be measured with it, if so.
     pub fn cannot(self, datapath: &Datapath) -> Option<&'static str> {
         match self {
+            Self::Flood { direction: Direction::ToWire, .. }
+            | Self::Throughput { direction: Direction::ToWire, .. } => None,
+            _ if datapath.plain_guest => {
+                Some("only what its guest sends goes another way than on the kernel path")
+            }
             Self::Tcp { .. } => datapath.cannot_offload(),
             Self::Ports { count } if count > 1 && !datapath.has_many_ports() => {
                 Some("one port is all this harness sets up for it")

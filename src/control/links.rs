@@ -51,6 +51,7 @@ mod monitor;
 mod request;
 mod table;
 mod wire;
+mod xdp;
 
 pub use ipv6::{PreviousIpv6, disable_ipv6, restore_ipv6};
 pub use monitor::LinkMonitor;
@@ -58,6 +59,7 @@ pub use request::{LinkSettings, LinkSocket};
 pub use table::{LinkEvent, LinkState, Links};
 pub use wire::QDISC_REMOVED;
 pub use wire::{LinkDetails, VlanDevice};
+pub use xdp::takes_redirected;
 
 use std::io;
 

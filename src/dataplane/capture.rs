@@ -16,7 +16,8 @@
 //!
 //! With several workers each has a [`Sink`] of the capture ([`Sink::another`]), and their
 //! chunks share the channels: the reader gets them as they come, so records of one port
-//! are in order, and those of ports on different workers may be a chunk apart.
+//! are in order, and those of ports on different workers may be a chunk apart. Each
+//! frame is given the time at which it was found, so that the reader can sort.
 //!
 //! Super-frames are recorded as they pass, whole and with unfinished checksums.
 
@@ -133,9 +134,9 @@ impl<'c> Record<'c> {
         header
     }
 
-    /// Takes the first record off the bytes of a chunk.
-    fn read(bytes: &mut &'c [u8]) -> Option<Self> {
-        let (header, rest) = bytes.split_first_chunk::<RECORD_HEADER_LEN>()?;
+    /// The record that starts here in the bytes of a chunk, and where the next does.
+    pub fn at(bytes: &'c [u8], start: usize) -> Option<(Self, usize)> {
+        let (header, rest) = bytes.get(start..)?.split_first_chunk::<RECORD_HEADER_LEN>()?;
         let (time, header) = header.split_first_chunk::<8>()?;
         let (missed, header) = header.split_first_chunk::<8>()?;
         let (interface, header) = header.split_first_chunk::<4>()?;
@@ -144,17 +145,16 @@ impl<'c> Record<'c> {
         let (&[direction, reason], _) = header.split_first_chunk::<2>()?;
         let interface = u32::from_ne_bytes(*interface);
         let captured = u32::from_ne_bytes(*captured) as usize;
-        let (frame, rest) = rest.split_at_checked(captured)?;
-        *bytes = rest;
-        Some(Self {
+        let record = Self {
             time: u64::from_ne_bytes(*time),
             interface: (interface != UPLINK).then_some(interface as PortIndex),
             direction: if direction == 0 { Direction::Inbound } else { Direction::Outbound },
             reason: DropReason::ALL.get(usize::from(reason)).copied(),
             missed: u64::from_ne_bytes(*missed),
             length: u32::from_ne_bytes(*length),
-            bytes: frame,
-        })
+            bytes: rest.get(..captured)?,
+        };
+        Some((record, start + RECORD_HEADER_LEN + captured))
     }
 }
 
@@ -166,19 +166,33 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { bytes: vec![0; CHUNK_LEN].into_boxed_slice(), used: 0 }
     }
 
     /// The records, oldest first.
     pub fn records(&self) -> impl Iterator<Item = Record<'_>> {
-        let mut bytes = self.bytes.get(..self.used).unwrap_or_default();
-        std::iter::from_fn(move || Record::read(&mut bytes))
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let (record, next) = Record::at(self.bytes(), start)?;
+            start = next;
+            Some(record)
+        })
+    }
+
+    /// The records as they lie in memory, for [`Record::at`].
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.used).unwrap_or_default()
     }
 
     /// Appends a record with these pieces of a frame, as far as `captured` goes;
     /// `None` if there is no room.
-    fn append(&mut self, record: &Record<'_>, captured: usize, frame: [&[u8]; 3]) -> Option<()> {
+    pub(crate) fn append(
+        &mut self,
+        record: &Record<'_>,
+        captured: usize,
+        frame: [&[u8]; 3],
+    ) -> Option<()> {
         let place = self.bytes.get_mut(self.used..self.used + RECORD_HEADER_LEN + captured)?;
         let (header, mut place) = place.split_first_chunk_mut::<RECORD_HEADER_LEN>()?;
         *header = record.header(captured as u32);
@@ -446,7 +460,7 @@ impl Drop for Sink {
 #[derive(Debug, Default)]
 pub struct Captures {
     sinks: ArrayVec<Box<Sink>, SINKS_MAX>,
-    /// The time of the burst that is looked at.
+    /// When the frame that came in last was found.
     now: Option<Instant>,
 }
 
@@ -492,6 +506,7 @@ impl Captures {
         let (addresses, rest) = bytes.split_at(bytes.len().min(MAC_ADDRESSES_LEN));
         let tag = frame.stripped.map(Tag::to_bytes);
         let tag = tag.as_ref().map_or(&[][..], |tag| tag);
+        self.now = Some(Instant::now());
         let at = At { interface: port, direction: Direction::Inbound, now: self.now };
         for sink in wanting(&mut self.sinks, port, port) {
             sink.record(at, None, [addresses, tag, rest]);

@@ -9,27 +9,28 @@
 //! - the dispatcher at the uplink's ingress, which jumps by TPID and VID into an array of
 //!   programs, and for VLANs shared by tag pairs into another by the inner tag;
 //! - a program for each port and direction, and the port's records;
-//! - one value with the uplink's index and MTU, which all ports' guest programs read.
+//! - one value with the uplink's index and MTU, which all ports' guest programs read;
+//! - for ports that ask for it, a program at the device's XDP hook, in front of the guest's.
 //!
 //! Maps have pins in a folder of their own, so that all goes on without us and the next
 //! process finds them by name. It makes its own programs and puts each in the old one's
 //! place: there is no moment without one, so no frame is lost and none comes twice.
 //!
 //! Each entry knows the port it was set for (by a number that is the port's own), so that
-//! who lets go of a VLAN that another has by now leaves it alone. A port is entered when the entries of its VLANs lead to its programs, and left when
-//! they let frames pass to the packet path, or are gone. Entries change one by one, each
+//! who lets go of a VLAN that another has by now leaves it alone. A port is entered when the
+//! entries of its VLANs lead to its programs, and left when they let frames pass to the packet path, or are gone. Entries change one by one, each
 //! in one step: a VLAN that goes from one port to another has one of them at any time.
 
 use super::FlowSnapshot;
 use crate::frame::{Tag, TagEdit, Tpid, Vid};
 use crate::switch::{DropReason, GuestRule, GuestRules, Membership, PoliceRule, Removal, Vlans};
 use crate::sys::bpf::path::{
-    self, Action, Allowed, DISPATCH_ENTRIES, FROM_GUEST, FromGuest, PushTag, Reasons, Record,
-    TO_GUEST, ToGuest,
+    self, Action, Allowed, DISPATCH_ENTRIES, Express, FROM_GUEST, FromGuest, PushTag, Reasons,
+    Record, TO_GUEST, ToGuest,
 };
 use crate::sys::bpf::{
-    self, AssemblyError, BpfError, Direction, ProgramArray, ProgramKind, Records, SharedPair,
-    UplinkFilter, detach_tc, is_attached_tc,
+    self, AssemblyError, BpfError, Direction, PinnedXdp, ProgramArray, ProgramKind, Records,
+    SharedPair, UplinkFilter, detach_tc, is_attached_tc,
 };
 use crate::sys::sandbox::Call;
 use std::collections::HashMap;
@@ -41,6 +42,8 @@ use std::{fs, io};
 pub const DISPATCHER_NAME: &str = "vlansw_path";
 /// Name of programs toward guests.
 const TO_GUEST_NAME: &str = "vlansw_guest";
+/// Name of programs at guests' XDP hooks.
+const EXPRESS_NAME: &str = "vlansw_express";
 /// The names of maps; a number behind that another layout would have to change.
 const ARRAY_NAME: &str = "vlansw_path1";
 const UPLINK_NAME: &str = "vlansw_uplink1";
@@ -51,6 +54,7 @@ const QUEUE_ENTRY: u32 = 2;
 /// Prefixes of pins that stand for something of that name.
 const PORT_PREFIX: &str = "port-";
 const PAIR_PREFIX: &str = "pair-";
+const EXPRESS_PREFIX: &str = "xdp-";
 /// What an MTU does not count of a frame (`packet_snd` draws the line for a 0x8100 tag).
 const ETHERNET: u32 = 14;
 
@@ -176,6 +180,15 @@ pub struct PortPath {
     queue: QueueDrops,
     /// Frames only the packet path could have passed on, when last looked at.
     unable: u64,
+    express: Option<ExpressPath>,
+}
+
+/// A program at a device's XDP hook.
+#[derive(Debug)]
+struct ExpressPath {
+    attached: PinnedXdp,
+    /// What it was made of; unknown of an earlier run's.
+    rules: Option<path::GuestRules>,
 }
 
 /// What the device behind a port's program has dropped, so far.
@@ -309,8 +322,10 @@ impl KernelPath {
     /// # Errors
     /// [`KernelPathError`].
     pub fn port(&self, number: u64, device: &str) -> Result<PortPath, KernelPathError> {
-        let pin = self.place.as_ref();
-        let pin = pin.map(|place| place.join(format!("{PORT_PREFIX}{}", pin_name(device))));
+        let pin = self.pin(PORT_PREFIX, device);
+        let attached =
+            self.pin(EXPRESS_PREFIX, device).map(|pin| PinnedXdp::adopt(&pin)).transpose()?;
+        let express = attached.flatten().map(|attached| ExpressPath { attached, rules: None });
         let records = Records::at(pin.as_deref(), RECORDS_NAME, PORT_ENTRIES)?;
         let kept = records.sum(QUEUE_ENTRY)?;
         let [index, seen, full, absent, ..] = kept;
@@ -323,7 +338,54 @@ impl KernelPath {
             programs: Vec::new(),
             queue: QueueDrops { index: index as u32, seen, full, absent },
             unable,
+            express,
         })
+    }
+
+    fn pin(&self, prefix: &str, device: &str) -> Option<PathBuf> {
+        let place = self.place.as_ref();
+        place.map(|place| place.join(format!("{prefix}{}", pin_name(device))))
+    }
+
+    /// Has frames without a tag go from the port's device, by XDP, to the uplink; false if
+    /// its options do not let them go.
+    ///
+    /// # Errors
+    /// [`KernelPathError`]: the driver has no XDP, or another program is there. Then no
+    /// program of ours is.
+    pub fn enter_express(
+        &self,
+        port: &mut PortPath,
+        device: (&str, u32),
+        membership: &Membership,
+        police: &PoliceRule,
+    ) -> Result<bool, KernelPathError> {
+        let (name, index) = device;
+        let rules = rules(membership, police);
+        let before = port.express.as_ref();
+        let before = before.filter(|express| express.attached.device() == Some(index));
+        if before.is_some_and(|express| express.rules.as_ref() == Some(&rules)) {
+            return Ok(true);
+        }
+        let records = port.records.as_fd();
+        let uplink = self.uplink.as_fd();
+        let program = Express { rules: &rules, reasons: &REASONS, records, uplink }.program()?;
+        let Some(program) = program else {
+            port.leave_express();
+            return Ok(false);
+        };
+        let program = bpf::load(ProgramKind::Xdp, EXPRESS_NAME, &program)?;
+        if before.is_some_and(|express| express.attached.replace(program.as_fd()).is_ok()) {
+            if let Some(express) = &mut port.express {
+                express.rules = Some(rules);
+            }
+            return Ok(true);
+        }
+        port.leave_express();
+        let pin = self.pin(EXPRESS_PREFIX, name);
+        let attached = PinnedXdp::attach(program.as_fd(), index, pin.as_deref())?;
+        port.express = Some(ExpressPath { attached, rules: Some(rules) });
+        Ok(true)
     }
 
     /// The program to guard a port's device with: what its guest sends goes to the uplink.
@@ -430,7 +492,8 @@ impl KernelPath {
     ///
     /// # Errors
     /// [`KernelPathError`].
-    pub fn leave(&mut self, port: &PortPath) -> Result<(), KernelPathError> {
+    pub fn leave(&mut self, port: &mut PortPath) -> Result<(), KernelPathError> {
+        port.leave_express();
         self.release(port.number, None)?;
         if let Some(pin) = &port.pin {
             unpin(pin);
@@ -494,8 +557,8 @@ impl KernelPath {
         Ok(self.programs.clear(entry(key.outer))?)
     }
 
-    /// Removes what an earlier run has left for VLANs and ports that are no more. Returns
-    /// the devices that had a part.
+    /// Removes what an earlier run has left for VLANs and ports that are no more, and at the
+    /// XDP hooks of ports that have no part by now. Returns the devices that had a part.
     ///
     /// # Errors
     /// [`KernelPathError`].
@@ -503,6 +566,7 @@ impl KernelPath {
         &mut self,
         memberships: impl Iterator<Item = &'m Membership>,
         is_port: impl Fn(&str) -> bool,
+        has_part: impl Fn(&str) -> bool,
     ) -> Result<Vec<String>, KernelPathError> {
         let claimed: std::collections::HashSet<u32> = memberships
             .flat_map(|membership| keys(membership).map(|(key, _)| key.outer))
@@ -520,6 +584,10 @@ impl KernelPath {
                 if !is_port(&device) {
                     unpin(&place.join(&name));
                     left.push(device);
+                }
+            } else if let Some(port) = name.strip_prefix(EXPRESS_PREFIX) {
+                if !has_part(&device_name(port)) {
+                    unpin(&place.join(&name));
                 }
             } else if let Some(pair) = name.strip_prefix(PAIR_PREFIX) {
                 let alive = |(tpid, vid): &(Tpid, Vid)| format!("{tpid}-{vid}") == pair;
@@ -572,6 +640,18 @@ impl PortPath {
         let switch = SharedPair::at(None, "vlansw_switch")?;
         let filter = path::ring_filter(switch.as_fd(), self.records.as_fd())?;
         Ok((bpf::load(ProgramKind::SocketFilter, "vlansw_ring", &filter)?, switch))
+    }
+
+    /// Takes the port's program off its device's XDP hook, if one is there.
+    pub fn leave_express(&mut self) {
+        if let Some(express) = self.express.take() {
+            express.attached.detach();
+        }
+    }
+
+    /// Whether a program is at its device's XDP hook.
+    pub fn is_express(&self) -> bool {
+        self.express.as_ref().is_some_and(|express| express.attached.device().is_some())
     }
 
     /// What it leads to now.

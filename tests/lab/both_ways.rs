@@ -75,13 +75,32 @@ pub fn both_ways(
     tag: TagBytes,
     meanwhile: impl FnOnce(&Arrived),
 ) -> ([u64; 2], f64) {
-    both_ways_shared(lab, guest, tag, |arrived| meanwhile(arrived))
+    both_ways_shared(lab, guest, tag, Order::Kept, |arrived| meanwhile(arrived))
+}
+
+/// The same where a frame may overtake another: each must arrive once. Returns how many
+/// frames went each way.
+pub fn each_once(
+    lab: &Lab,
+    guest: &RawGuest,
+    tag: TagBytes,
+    meanwhile: impl FnOnce(&Arrived),
+) -> [u64; 2] {
+    both_ways_shared(lab, guest, tag, Order::Any, |arrived| meanwhile(arrived)).0
+}
+
+/// In what order frames may arrive.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    Kept,
+    Any,
 }
 
 fn both_ways_shared(
     lab: &Lab,
     guest: &RawGuest,
     tag: TagBytes,
+    order: Order,
     meanwhile: impl FnOnce(&Arc<Arrived>),
 ) -> ([u64; 2], f64) {
     let wire = lab.wire();
@@ -104,6 +123,7 @@ fn both_ways_shared(
     };
     let receive =
         |arrived: &AtomicU64, receive: &dyn Fn() -> Option<Vec<u8>>, tags: &[TagBytes]| {
+            let mut numbers = Vec::new();
             loop {
                 let Some(bytes) = receive() else {
                     // A silence before the end is a gap, however long a busy machine makes it.
@@ -118,9 +138,14 @@ fn both_ways_shared(
                     continue;
                 }
                 let expected = arrived.load(Ordering::Relaxed) + 1;
-                assert_eq!((frame.number(), &frame.tags[..]), (expected, tags));
+                let number = if order == Order::Kept { expected } else { frame.number() };
+                assert_eq!((frame.number(), &frame.tags[..]), (number, tags));
+                numbers.push(number);
                 arrived.store(expected, Ordering::Relaxed);
             }
+            numbers.sort_unstable();
+            let twice = numbers.windows(2).find(|two| two[0] == two[1]);
+            assert_eq!(twice, None, "a frame arrived twice");
         };
     let (wire, arrived) = (&wire, &arrived);
     let sent = std::thread::scope(|scope| {
@@ -178,7 +203,7 @@ pub fn both_ways_twice(
                     std::thread::sleep(Duration::from_millis(1));
                 }
             };
-            both_ways_shared(lab, guest, tag, wait)
+            both_ways_shared(lab, guest, tag, Order::Kept, wait)
         });
         let (guest, tag) = guests[0];
         let (first, rate) = both_ways(lab, guest, tag, |arrived| {

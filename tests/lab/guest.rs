@@ -2,7 +2,7 @@
 
 use super::frames::Frame;
 use super::packet::{collect_until, wait_readable};
-use super::raw::{open_tap, read_tap};
+use super::raw::{open_tap, read_tap, set_offload};
 use super::{Namespace, eventually};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
@@ -51,6 +51,11 @@ impl RawGuest {
     /// or the device is down).
     pub fn try_send(&self, bytes: &[u8]) -> std::io::Result<usize> {
         self.tap.send(bytes)
+    }
+
+    /// The guest's driver takes these offloads, or none.
+    pub fn set_offload(&self, offload: u32) {
+        set_offload(TapFd(&self.tap), offload).expect("TUNSETOFFLOAD");
     }
 
     /// The next frame for the guest, or `None` after `patience` without one.

@@ -209,9 +209,10 @@ pub fn open_tap(device: &str, flags: i32, offload: u32) -> io::Result<File> {
 }
 
 /// Tells the kernel what the guest's NIC takes (TUNSETOFFLOAD).
-pub fn set_offload(tap: &File, offload: u32) -> io::Result<()> {
+pub fn set_offload(tap: impl AsFd, offload: u32) -> io::Result<()> {
+    let tap = tap.as_fd().as_raw_fd();
     // SAFETY: TUNSETOFFLOAD takes its argument by value.
-    let set = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offload)) };
+    let set = unsafe { libc::ioctl(tap, TUNSETOFFLOAD, libc::c_ulong::from(offload)) };
     check(set).map(drop)
 }
 

@@ -5,6 +5,7 @@
 pub mod expression;
 pub mod filter;
 mod names;
+mod order;
 mod output;
 mod pcapng;
 mod session;

@@ -9,6 +9,7 @@
 
 use super::filter::Program;
 use super::names::Names;
+use super::order::Order;
 use super::output::{Output, Reader};
 use super::pcapng::{Statistics, Writer};
 use crate::dataplane::{Chunk, Place, Record, Source};
@@ -37,6 +38,8 @@ pub struct Options {
     pub snaplen: u32,
     /// After how many frames to end; after 0, at once.
     pub limit: Option<u64>,
+    /// Whether records come from several workers, and have to be put in order.
+    pub several_workers: bool,
 }
 
 /// Why a session ended.
@@ -255,7 +258,8 @@ impl<'o, W: Write + AsFd> File<'o, W> {
     /// Copies records until something ends it.
     fn copy(&mut self, source: &Source, stop: &AtomicBool, tally: &mut Tally) -> io::Result<End> {
         let mut asked = false;
-        loop {
+        let mut order = self.options.several_workers.then(Order::default);
+        let end = loop {
             if self.is_full(tally) {
                 return Ok(End::Limit);
             }
@@ -265,26 +269,51 @@ impl<'o, W: Write + AsFd> File<'o, W> {
                 asked = true;
                 source.close();
             }
-            match source.receive(LOOK) {
+            // Once asked, what is still to come is soon here, and then all goes out.
+            let waiting = order.as_ref().filter(|_| !asked);
+            let wait = waiting.and_then(|order| order.wait(Instant::now())).unwrap_or(LOOK);
+            match source.receive(wait.min(LOOK)) {
                 Ok(chunk) => {
-                    self.write(&chunk, tally)?;
+                    match &mut order {
+                        Some(order) => order.push(&chunk, Instant::now()),
+                        None => self.write(&chunk, tally)?,
+                    }
                     source.give_back(chunk);
-                    if source.is_empty() {
+                    if order.is_none() && source.is_empty() {
                         self.writer.flush()?;
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Ok(if asked { End::Asked } else { End::WorkerGone });
+                    break if asked { End::Asked } else { End::WorkerGone };
                 }
-                Err(RecvTimeoutError::Timeout) if asked => return Ok(End::Asked),
+                Err(RecvTimeoutError::Timeout) if asked => break End::Asked,
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(order) = &mut order
+                && !asked
+            {
+                self.write_due(order, false, tally)?;
             }
             match self.writer.get_ref().reader() {
                 Reader::There => {}
                 Reader::Done => stop.store(true, Ordering::Relaxed),
                 Reader::Gone => return Ok(End::ReaderGone),
             }
+        };
+        if let Some(order) = &mut order {
+            self.write_due(order, true, tally)?;
         }
+        Ok(end)
+    }
+
+    /// Writes the records whose turn it is, up to the limit.
+    fn write_due(&mut self, order: &mut Order, all: bool, tally: &mut Tally) -> io::Result<()> {
+        let before = tally.taken;
+        order.each_due(Instant::now(), all, |record| {
+            self.record(record, tally)?;
+            Ok::<_, io::Error>(!self.is_full(tally))
+        })?;
+        if tally.taken > before { self.writer.flush() } else { Ok(()) }
     }
 
     fn is_full(&self, tally: &Tally) -> bool {

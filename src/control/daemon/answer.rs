@@ -242,7 +242,7 @@ impl Daemon {
             ifindex: port.index(),
             mtu: link.map(|link| link.mtu),
             datapath: if *in_kernel { "kernel" } else { "packet" }.to_owned(),
-            datapath_reason: (!in_kernel && self.kernel.is_some()).then(|| port.why_packet.clone()),
+            datapath_reason: self.datapath_reason(port),
             worker: (!in_kernel).then_some(port.worker as u32),
             ring_peak: watched.ring_peak,
             from_guest: from_guest.into(),

@@ -84,7 +84,13 @@ impl Daemon {
         let filter = wanted.filter.as_deref().map(compile).transpose()?;
         let snaplen = wanted.snaplen.map_or(SNAPLEN_MAX, |bytes| bytes as usize);
         let snaplen = snaplen.clamp(1, SNAPLEN_MAX);
-        let options = Options { place, filter, snaplen: snaplen as u32, limit: wanted.limit };
+        let options = Options {
+            place,
+            filter,
+            snaplen: snaplen as u32,
+            limit: wanted.limit,
+            several_workers: self.workers.len() > 1,
+        };
         let selection = Selection { place, drops_only: wanted.drops.unwrap_or(false) };
         self.name_interfaces();
         let (sink, source) = capture(selection, snaplen, self.ports.places());

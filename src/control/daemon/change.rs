@@ -384,12 +384,12 @@ impl Daemon {
         for position in positions {
             self.stop_captures_of(*position);
             self.give_back(*position, None);
-            let Some(port) = self.ports.remove(*position) else { continue };
+            let Some(mut port) = self.ports.remove(*position) else { continue };
             let (from_guest, to_guest) = port.flows();
             let retired = self.retired.get_or_insert_default();
             retired.from_guest.add(from_guest.into());
             retired.to_guest.add(to_guest.into());
-            self.leave_kernel_path(&port);
+            self.leave_kernel_path(&mut port);
             let internal = port.config.kind == DeviceKind::Internal;
             let name = port.config.device;
             if let Some(note) = self.left_behind(&name, internal) {

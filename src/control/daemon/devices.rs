@@ -246,7 +246,10 @@ impl Daemon {
             }
             match device {
                 Some(device) => devices.push((position, Box::new(device))),
-                None => self.lead_to(position, now.as_ref()),
+                None => {
+                    self.lead_to(position, now.as_ref());
+                    self.fit_express(&[position]);
+                }
             }
         }
         devices
@@ -290,6 +293,9 @@ impl Daemon {
         else {
             return;
         };
+        if let Some(path) = self.ports.get_mut(position).and_then(|port| port.path.as_mut()) {
+            path.leave_express();
+        }
         self.unsettled.retain(|unsettled| Some(*unsettled) != attached.index);
         if let Some(index) = attached.index
             && self.uncleared.contains(&index)

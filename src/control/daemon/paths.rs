@@ -17,6 +17,7 @@
 //! Tag pairs of one outer VLAN are on one path together, as the uplink's filter knows the
 //! outer VLAN only.
 
+mod express;
 mod moves;
 mod pins;
 
@@ -252,6 +253,8 @@ impl Daemon {
         let name = crate::control::host::SEAL_NAME;
         let program =
             kernel.guest_program(name, path, &config.membership, &config.police, false)?;
+        // It has the old options; it comes back when the port has the new ones.
+        path.leave_express();
         if let Some(index) = index {
             self.host.replace_guard(index, Some(program))?;
         }
@@ -260,13 +263,13 @@ impl Daemon {
     }
 
     /// Takes the port out of the kernel path for good.
-    pub(super) fn leave_kernel_path(&mut self, port: &Port) {
+    pub(super) fn leave_kernel_path(&mut self, port: &mut Port) {
         if let Some(Ok((_, to_guest))) = port.path.as_ref().map(kernel::PortPath::flows) {
             self.past.add(&handed(&to_guest));
         }
         let Some(kernel) = &mut self.kernel else { return };
         let mut left = kernel.release(port.number, None);
-        if let Some(path) = &port.path {
+        if let Some(path) = &mut port.path {
             left = left.and(kernel.leave(path));
         }
         if let Err(error) = left {
@@ -304,6 +307,7 @@ impl Daemon {
         if let Err(error) = kernel.set_uplink(link.map(target)) {
             warn!("uplink {}: {error}", self.name);
         }
+        self.fit_all_express();
     }
 
     /// Attaches the dispatcher to the uplink, if there is to be one; takes an earlier run's
@@ -418,6 +422,7 @@ impl Daemon {
     pub(super) fn look_at_paths(&mut self) {
         self.look_for_unable();
         self.settle_paths();
+        self.fit_all_express();
         // A program detached from TCX makes no notification.
         let index = self.uplink.attached.as_ref().map(|(index, ..)| *index);
         if let Some(text) = index
@@ -476,8 +481,13 @@ impl Daemon {
         let Some(kernel) = &mut self.kernel else { return };
         let names: std::collections::HashSet<String> =
             self.ports.iter().map(|(_, port)| port.config.device.clone()).collect();
+        let in_kernel = self.ports.iter().filter(|(_, port)| port.in_kernel);
+        let in_kernel: std::collections::HashSet<String> =
+            in_kernel.map(|(_, port)| port.config.device.clone()).collect();
         let memberships = self.ports.iter().map(|(_, port)| &port.config.membership);
-        match kernel.remove_stale(memberships, |name| names.contains(name)) {
+        let (is_port, has_part) =
+            (|name: &str| names.contains(name), |name: &str| in_kernel.contains(name));
+        match kernel.remove_stale(memberships, is_port, has_part) {
             Ok(left) => {
                 for name in left {
                     if let Some(link) = self.monitor.links().by_name(&name) {
@@ -519,6 +529,9 @@ impl Daemon {
             Some(Ok(unmapped)) => self.past.add(&unmapped),
             Some(Err(error)) => warn!("{error}"),
             None => {}
+        }
+        for path in self.ports.iter_mut().filter_map(|(_, port)| port.path.as_mut()) {
+            path.leave_express();
         }
         let place = self.kernel.take().and_then(|kernel| kernel.place().map(Path::to_owned));
         if let Err(error) = kernel::remove(place.as_deref(), uplink) {

@@ -38,6 +38,8 @@ pub struct Port {
     pub why_packet: String,
     /// The kernel path cannot serve what its guest sends, as was found.
     pub unable: bool,
+    /// With `offload=off`: whether XDP takes what its guest sends, or else why not.
+    pub express: Option<Result<(), String>>,
     /// Tells it from all other ports there were.
     pub number: u64,
     /// Its device, while it is in the worker.
@@ -59,6 +61,7 @@ impl Port {
             in_kernel: false,
             why_packet: String::new(),
             unable: false,
+            express: None,
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             attached: None,
             watched: Watched::default(),

@@ -119,6 +119,10 @@ pub enum Helper {
     Redirect = 23,
     /// `long bpf_skb_load_bytes(skb, u32 offset, void *to, u32 len)`
     LoadBytes = 26,
+    /// `long bpf_xdp_adjust_head(xdp, int delta)`: addresses read before are void
+    XdpAdjustHead = 44,
+    /// `u64 bpf_xdp_get_buff_len(xdp)`: of all pieces (Linux 5.18)
+    BufferLength = 188,
 }
 
 /// The right-hand side of an operation: a register or a constant.

@@ -13,7 +13,7 @@
 //! | tc by clsact (Linux 4.5) | [`clsact::attach`] | the same |
 //! | socket filter | [`UplinkFilter::attach`] | the socket is closed |
 //! | fanout group | [`fanout::form`](super::fanout::form) | its last socket is closed |
-//! | XDP (benches, tests) | [`attach_xdp`] | the returned link is closed |
+//! | XDP | [`PinnedXdp`]; in benches and tests [`attach_xdp`] | the link is closed and has no pin |
 //!
 //! [`attach_tc`] takes clsact, which attaches faster; [`move_to_tcx`] moves the program
 //! to TCX, which runs faster, when there is time.
@@ -57,7 +57,7 @@ pub use tc::{
     Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,
     move_to_tcx, move_to_tcx_leaving_qdisc,
 };
-pub use xdp::{XdpMode, attach_xdp};
+pub use xdp::{PinnedXdp, XdpMode, attach_xdp};
 
 /// Offsets in `struct __sk_buff` (include/uapi/linux/bpf.h): the context of socket
 /// filters and tc programs. Each field is a 4-byte word.

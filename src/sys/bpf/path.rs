@@ -22,6 +22,9 @@
 //! that checks the length. Never by `load_absolute`: it ends a program with 0 when the
 //! frame is too short, and 0 is `TC_ACT_OK`, the host's stack.
 //!
+//! A guest without offloads may have a [program](Express) of its own in front of all that, at
+//! its device's XDP hook, for plain frames without a tag.
+//!
 //! While a port changes its path, the frame's socket filter and its program must not
 //! disagree, or the frame would be there twice or not at all. So the filter, which comes
 //! first, writes what it decided into the record of this CPU ([`Record::DECISION`]), and
@@ -29,11 +32,14 @@
 //! reception, with softirqs off.
 
 mod dispatch;
+mod express;
 mod writer;
 
 pub use dispatch::{
     DISPATCH_ENTRIES, Dispatch, dispatcher_program, pair_program, pass_program, ring_filter,
 };
+
+pub use express::Express;
 
 use super::assembler::{
     Alu, AssemblyError, Condition, Helper, Instruction, Program, R0, R1, R2, R3, R4, R5, R6, R8,

@@ -40,11 +40,11 @@ fn path_text(path: &Path) -> Result<CString, BpfError> {
     })
 }
 
-/// Gives a map or program a name in a BPF file system, where it stays when we end.
+/// Gives a map, program or link a name in a BPF file system, where it stays when we end.
 ///
 /// # Errors
 /// There is something of that name, or no such folder.
-fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<(), BpfError> {
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<(), BpfError> {
     let text = path_text(path)?;
     let mut attributes = ObjectPath {
         pathname: text.as_ptr() as u64,
@@ -52,16 +52,16 @@ fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<(), BpfError> {
         ..ObjectPath::default()
     };
     // SAFETY: `pathname` is NUL-terminated and lives on.
-    unsafe { bpf(&OBJ_PIN, &mut attributes) }
-        .map(drop)
-        .map_err(|error| BpfError::from_io(format!("pin a BPF map as {}", path.display()), error))
+    unsafe { bpf(&OBJ_PIN, &mut attributes) }.map(drop).map_err(|error| {
+        BpfError::from_io(format!("pin a BPF object as {}", path.display()), error)
+    })
 }
 
 /// Opens what was pinned; `None` if there is nothing of that name.
 ///
 /// # Errors
 /// It is no BPF object, or not ours to open.
-fn open(path: &Path) -> Result<Option<OwnedFd>, BpfError> {
+pub(super) fn open(path: &Path) -> Result<Option<OwnedFd>, BpfError> {
     let text = path_text(path)?;
     let mut attributes = ObjectPath { pathname: text.as_ptr() as u64, ..ObjectPath::default() };
     // SAFETY: `pathname` is NUL-terminated and lives on, and the command opens an fd.

@@ -131,6 +131,7 @@ pub(super) const OBJ_GET_INFO_BY_FD: Command<InfoByFd> = Command::new(15);
 pub(super) const PROG_QUERY: Command<ProgramQuery> = Command::new(16);
 pub(super) const MAP_LOOKUP_BATCH: Command<MapBatch> = Command::new(24);
 pub(super) const LINK_CREATE: Command<LinkCreate> = Command::new(28);
+pub(super) const LINK_UPDATE: Command<LinkUpdate> = Command::new(29);
 
 /// What following seals, claims and counts takes: on the packet path no map and no program
 /// is made after the start.
@@ -159,6 +160,8 @@ pub const PATH_CALLS: &[Call] = &[Call::one_of(
         PROG_LOAD.number as u32,
         OBJ_PIN.number as u32,
         OBJ_GET.number as u32,
+        LINK_CREATE.number as u32,
+        LINK_UPDATE.number as u32,
     ],
 )];
 
@@ -309,6 +312,32 @@ pub(super) struct LinkCreate {
     pub flags: u32,
 }
 const _: () = assert!(size_of::<LinkCreate>() == 16);
+
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct LinkUpdate {
+    pub link_fd: u32,
+    pub new_prog_fd: u32,
+    pub flags: u32,
+    pub old_prog_fd: u32,
+}
+const _: () = assert!(size_of::<LinkUpdate>() == 16);
+
+/// The head of `struct bpf_link_info`, of a link to a device.
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct LinkInfo {
+    pub link_type: u32,
+    pub id: u32,
+    pub prog_id: u32,
+    pub padding: u32,
+    pub ifindex: u32,
+    pub padding_behind: u32,
+}
+const _: () = {
+    assert!(size_of::<LinkInfo>() == 24);
+    assert!(std::mem::offset_of!(LinkInfo, ifindex) == 16);
+};
 
 /// The head of `struct bpf_prog_info`, up to the name.
 #[repr(C)]
@@ -486,15 +515,26 @@ const _: () = assert!(size_of::<TestRun>() == 40);
 /// Runs a program once on a frame; returns its verdict.
 #[cfg(test)]
 pub(super) fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<u32> {
+    test_edit(program, frame).map(|(verdict, _)| verdict)
+}
+
+/// The same, with the frame as the program leaves it.
+#[cfg(test)]
+pub(super) fn test_edit(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    let mut edited = vec![0; frame.len() + 64];
     let mut attributes = TestRun {
         prog_fd: program.as_raw_fd() as u32,
         data_size_in: frame.len() as u32,
         data_in: frame.as_ptr() as u64,
+        data_size_out: edited.len() as u32,
+        data_out: edited.as_mut_ptr() as u64,
         ..TestRun::default()
     };
-    // SAFETY: `data_in` has `data_size_in` bytes and lives on; nothing is written out.
+    // SAFETY: `data_in` has `data_size_in` bytes and `data_out` room for `data_size_out`;
+    // both live on.
     unsafe { bpf(&Command::new(10), &mut attributes) }?;
-    Ok(attributes.retval)
+    edited.truncate(attributes.data_size_out as usize);
+    Ok((attributes.retval, edited))
 }
 
 /// The end of a NUL-terminated log.

@@ -25,15 +25,19 @@ impl Daemon {
                 port.why_packet.clone_from(reason);
             }
         }
+        // What it takes is seen by no socket.
+        let positions: Vec<PortIndex> = ports.iter().map(|(position, _)| *position).collect();
+        self.fit_express(&positions);
         let opened = self.fit_uplink_ring().and_then(|()| self.open_shut(ports));
         let opened = match opened {
             Ok(opened) => opened,
             Err(error) => {
-                for (position, _) in ports {
+                for position in &positions {
                     if let Some(port) = self.ports.get_mut(*position) {
                         port.in_kernel = true;
                     }
                 }
+                self.fit_express(&positions);
                 return Err(error);
             }
         };
@@ -197,6 +201,7 @@ impl Daemon {
         if let Err(error) = self.fit_uplink_ring() {
             warn!("{error}");
         }
+        self.fit_express(&moved);
     }
 
     /// Has a port's socket filter tell what it decides, before the port leaves the packet

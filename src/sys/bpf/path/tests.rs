@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use super::*;
-use crate::sys::bpf::syscall::test_run;
+use crate::sys::bpf::syscall::{test_edit, test_run};
 use crate::sys::bpf::{ProgramKind, Records, SharedPair, load};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -188,6 +188,63 @@ fn guests_programs_do_and_count_what_the_rules_say() {
             Ok(())
         })
         .unwrap();
+}
+
+/// What XDP sends is what the guest's program would have sent, and counted alike; what it
+/// does not, it passes on as it came and counts nothing.
+#[test]
+#[ignore = "needs root: runs BPF programs"]
+fn express_programs_send_plain_frames_and_pass_all_others() {
+    const LIMIT: u32 = 100;
+    const PASS: u32 = 2;
+    const XDP_REDIRECT: u32 = 4;
+    let uplink = SharedPair::at(None, "test_uplink").unwrap();
+    let records = Records::at(None, "test_records", 3).unwrap();
+    let mut runner = TestRunner::new(Config { cases: 60, ..Config::default() });
+    let frames = prop::collection::vec(any_frame(), 60);
+    let cases = (any_rules(), frames, prop::bool::weighted(0.8));
+    let sent = std::cell::Cell::new(0);
+    runner
+        .run(&cases, |(rules, frames, is_up)| {
+            uplink.set(u32::from(is_up), LIMIT).unwrap();
+            let express = Express {
+                rules: &rules,
+                reasons: &REASONS,
+                records: records.as_fd(),
+                uplink: uplink.as_fd(),
+            };
+            let program = express.program().unwrap();
+            let Action::Rewrite { push, copy_priority, .. } = rules.untagged else {
+                prop_assert!(program.is_none());
+                return Ok(());
+            };
+            let program = load(ProgramKind::Xdp, "test", &program.unwrap()).unwrap();
+            for frame in frames {
+                let before = records.sum(FROM_GUEST).unwrap();
+                let (verdict, edited) = test_edit(program.as_fd(), &frame).unwrap();
+                let counted = change(&records, FROM_GUEST, &before);
+                let plain = tags_of(&frame).is_some_and(|tags| tags.is_empty());
+                let mut wanted = [0; Record::LEN];
+                if !plain || !is_up || expected(&rules, &frame, LIMIT).is_err() {
+                    prop_assert_eq!((verdict, edited, counted), (PASS, frame, wanted));
+                    continue;
+                }
+                let mut tagged = frame[..12].to_vec();
+                for tag in push.iter().flatten() {
+                    let tci = if copy_priority { tag.tci & 0xfff } else { tag.tci };
+                    tagged.extend([tag.tpid.to_be_bytes(), tci.to_be_bytes()].concat());
+                }
+                tagged.extend(&frame[12..]);
+                wanted[Record::OUT_FRAMES] = 1;
+                wanted[Record::IN_BYTES] = frame.len() as u64;
+                wanted[Record::OUT_BYTES] = tagged.len() as u64;
+                prop_assert_eq!((verdict, edited, counted), (XDP_REDIRECT, tagged, wanted));
+                sent.set(sent.get() + 1);
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(sent.get() > 100, "{} frames sent are too few", sent.get());
 }
 
 #[test]

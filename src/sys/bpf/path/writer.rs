@@ -93,7 +93,7 @@ impl<'a> Writer<'a> {
         self.program.store(Width::Word, R10, KEY, entry as i32);
         look_up_key(&mut self.program, records);
         self.program.jump_if(R0, Condition::NotEqual, 0, found);
-        self.end(TC_ACT_SHOT);
+        self.end(self.verdict);
         self.program.place(found);
     }
 
@@ -203,10 +203,20 @@ impl<'a> Writer<'a> {
         if sources.is_empty() {
             return;
         }
-        let (refused, known) = (self.drop_label(spoofed), self.program.label());
+        let refused = self.drop_label(spoofed);
         self.program.mov(R2, MACS / 2);
         self.load_bytes_from_r2(6, refused);
         self.program.load(Width::Word, R1, R10, BYTES).load(Width::Half, R2, R10, BYTES + 4);
+        self.compare_sources(sources, refused);
+    }
+
+    /// Goes on at `refused` if the address whose first four bytes are in R1 and the others in
+    /// R2 is none of these; without any, never.
+    pub(super) fn compare_sources(&mut self, sources: &[[u8; 6]], refused: Label) {
+        if sources.is_empty() {
+            return;
+        }
+        let known = self.program.label();
         for &[a, b, c, d, e, f] in sources {
             let next = self.program.label();
             // Unlike a constant of a jump, one of 32 bits is not to be sign-extended.
