@@ -14,7 +14,7 @@ mod lab;
 use lab::both_ways::{both_ways, each_once};
 use lab::daemon::binary;
 use lab::frames::{Frame, TagBytes, tag};
-use lab::{Daemon, Flow, Lab, RawGuest, Summary, Wire, eventually};
+use lab::{Daemon, Flow, Lab, Summary, Wire, eventually};
 use nix::sys::signal::Signal;
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -222,6 +222,13 @@ fn a_port_changes_its_path_and_each_frame_arrives_once() {
     let port = bench.port("t0");
     let both = [sent[0] + more[0], sent[1] + more[1]];
     assert_eq!([port.to_guest.out_frames, port.from_guest.out_frames], both, "detached");
+    let wire = bench.lab.wire();
+    for number in 0..10 {
+        wire.send(&Frame::numbered(number).tags(&[tag(0x8100, 999)]));
+    }
+    daemon.until("frames of a VLAN nobody mapped are counted", |summary| {
+        summary.unmapped.get(&(0x8100, 999)) == Some(&10)
+    });
     let summary = daemon.summary();
     summary.assert_conserved();
     assert_eq!(summary.port("t0").from_guest.all_drops(), 0);
@@ -295,6 +302,14 @@ fn the_uplink_is_looked_after() {
         daemon.stderr().iter().any(|line| line.contains("attached again")).then_some(())
     });
     passes(2);
+
+    // A guest's own, which is its seal too.
+    let index = bench.index("t0");
+    bench.lab.host.enter(|| detach_tc("vlansw_seal", index, Direction::Ingress).unwrap());
+    eventually("it is told", || {
+        daemon.stderr().iter().any(|line| line.contains("sealed again")).then_some(())
+    });
+    passes(20);
 
     bench.lab.host.ip("link delete up0");
     eventually("it is told", || {

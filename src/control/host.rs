@@ -49,6 +49,8 @@ pub const SEAL_NAME: &str = "vlansw_seal";
 /// How long a port's queueing is left alone after a change around it: who removed it
 /// may be about to add his own, and would find ours in the way.
 const REQUEUE_DELAY: Duration = Duration::from_secs(5);
+/// What has happened when a program is gone from a TCX hook.
+pub const TCX_REMOVED: &str = "a program was taken from its tc hook";
 /// How often something is set that does not stay set.
 const ATTEMPTS: usize = 5;
 /// Features of an uplink that lose frames, by the kernel's names (`ethtool -k` calls the
@@ -433,6 +435,15 @@ impl Host {
                  host: {error}; `ip link set {name} down` stops them"
             )),
         }
+    }
+
+    /// Puts a seal back that somebody has taken from a device's TCX hook, of which no
+    /// notification comes. Returns what people should know.
+    pub fn look_at_seal(&mut self, name: &str, index: u32) -> Option<String> {
+        // Without TCX, or on its way there, it stands where its going is notified.
+        let stands = bpf::tcx::holds(SEAL_NAME, index, Direction::Ingress).unwrap_or(true)
+            || is_attached_tc(SEAL_NAME, index, Direction::Ingress).unwrap_or(true);
+        if stands { None } else { self.keep_sealed(name, index, TCX_REMOVED) }
     }
 
     /// Takes the kernel's default queueing from taps that got it back when somebody

@@ -36,6 +36,7 @@ use crate::sys::sandbox::Call;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 /// Name of the dispatcher; by it a later run knows it.
@@ -163,6 +164,8 @@ pub struct Target {
     pub is_up: bool,
 }
 
+/// How long after a program has counted a frame the device may drop it.
+const DROP_DELAY: Duration = Duration::from_secs(2);
 /// The largest MTU a tap takes: what is shorter does not limit a guest.
 const UNLIMITED_MTU: u32 = 65521;
 
@@ -178,6 +181,8 @@ pub struct PortPath {
     /// Drops the kernel counted at the device's queue, and those of them that were for a
     /// guest that was not there.
     queue: QueueDrops,
+    /// Frames sent to the device, and when that was last seen to have changed.
+    sent: Option<(u64, Instant)>,
     /// Frames only the packet path could have passed on, when last looked at.
     unable: u64,
     express: Option<ExpressPath>,
@@ -337,6 +342,7 @@ impl KernelPath {
             target: None,
             programs: Vec::new(),
             queue: QueueDrops { index: index as u32, seen, full, absent },
+            sent: None,
             unable,
             express,
         })
@@ -449,6 +455,10 @@ impl KernelPath {
             }
         }
         port.programs = programs;
+        if port.target.map(|target| target.index) != target.map(|target| target.index) {
+            // What it has dropped until now is to be known soon.
+            port.sent = None;
+        }
         port.target = target;
         Ok(())
     }
@@ -657,6 +667,23 @@ impl PortPath {
     /// What it leads to now.
     pub fn target(&self) -> Option<Target> {
         self.target
+    }
+
+    /// The device to ask what it has dropped; none if nothing was sent to it for a while, so
+    /// that it has dropped nothing of ours. It drops after the program has counted.
+    pub fn to_be_asked(&mut self, now: Instant) -> Option<u32> {
+        let target = self.target?;
+        let record = self.records.sum(TO_GUEST).ok();
+        let sent = record.and_then(|record| record.get(Record::OUT_FRAMES).copied());
+        match (self.sent, sent) {
+            (Some((before, since)), Some(sent)) if before == sent => {
+                (now.saturating_duration_since(since) < DROP_DELAY).then_some(target.index)
+            }
+            (_, sent) => {
+                self.sent = sent.map(|sent| (sent, now));
+                Some(target.index)
+            }
+        }
     }
 
     /// Takes note of what the device has dropped in all, as the kernel counts.

@@ -47,10 +47,7 @@ impl Daemon {
         }
         self.publish_all();
         self.follow_uplink();
-        let positions: Vec<_> = self.ports.iter().map(|(position, _)| position).collect();
-        for position in positions {
-            self.follow_target(position);
-        }
+        self.follow_targets();
     }
 
     /// A device that came and went while notifications were lost is in no event.

@@ -119,6 +119,8 @@ pub struct Daemon {
     created: Vec<CreatedTap>,
     /// Devices whose seal has not been moved to where it costs least.
     unsettled: Vec<u32>,
+    /// The port whose seal is looked at next.
+    seals_seen: PortIndex,
     /// Devices with something left of that, to be cleared up when their guest is gone.
     uncleared: Vec<u32>,
     poll: Poll,
@@ -216,6 +218,7 @@ impl Daemon {
             retired: None,
             created: Vec::new(),
             unsettled: Vec::new(),
+            seals_seen: 0,
             uncleared: Vec::new(),
             poll,
             signals,

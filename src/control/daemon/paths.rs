@@ -28,6 +28,7 @@ use super::ports::Port;
 use crate::control::api::EventKind;
 use crate::control::checks;
 use crate::control::config::{Config, Datapath};
+use crate::control::host::TCX_REMOVED;
 use crate::control::links::LinkState;
 use crate::control::mapping::PortConfig;
 use crate::control::placement;
@@ -39,8 +40,11 @@ use pins::usable_pin_folder;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Instant;
 use tracing::{info, warn};
 
+/// Ports whose seals are looked at in one second: a thousand take some.
+const SEALS_AT_ONCE: usize = 200;
 /// Why there is no kernel path when an operator has taken it away.
 const DETACHED: &str = "detached by `vlanswitchctl detach`, until the next start";
 
@@ -288,15 +292,24 @@ impl Daemon {
         }
     }
 
-    /// Leads a port's VLANs elsewhere if its device is not what it was.
-    pub(super) fn follow_target(&mut self, position: PortIndex) {
-        let Some(port) = self.ports.get(position).filter(|port| port.in_kernel) else { return };
+    /// Leads ports' VLANs elsewhere if their devices are not what they were.
+    pub(super) fn follow_targets(&mut self) {
         let links = self.monitor.links();
-        let now = port.index().and_then(|index| links.by_index(index)).map(target);
-        if port.path.as_ref().is_some_and(|path| path.target() != now) {
-            self.count_queues();
+        let changed = |port: &Port| {
+            let now = port.index().and_then(|index| links.by_index(index)).map(target);
+            port.in_kernel && port.path.as_ref().is_some_and(|path| path.target() != now)
+        };
+        let ports = self.ports.iter().filter(|(_, port)| changed(port));
+        let positions: Vec<PortIndex> = ports.map(|(position, _)| position).collect();
+        if positions.is_empty() {
+            return;
+        }
+        // Once for all: it asks for all devices.
+        self.count_queues();
+        for position in positions {
             self.lead(position);
         }
+        self.count_queues();
     }
 
     /// Tells guests' programs where the uplink is.
@@ -425,10 +438,26 @@ impl Daemon {
         self.fit_all_express();
         // A program detached from TCX makes no notification.
         let index = self.uplink.attached.as_ref().map(|(index, ..)| *index);
-        if let Some(text) = index
-            .and_then(|index| self.keep_dispatcher(index, "a program was taken from its tc hook"))
-        {
+        if let Some(text) = index.and_then(|index| self.keep_dispatcher(index, TCX_REMOVED)) {
             self.tell(EventKind::Seal, Some(&self.name.clone()), text);
+        }
+        self.watch_seals();
+    }
+
+    /// Looks whether the seals of ports are there, of some at a time.
+    fn watch_seals(&mut self) {
+        let ports = self.ports.iter().filter_map(|(position, port)| {
+            Some((position, port.index()?, port.config.device.clone()))
+        });
+        let ports: Vec<_> = ports.collect();
+        let first = ports.partition_point(|(position, ..)| *position < self.seals_seen);
+        let due = ports.iter().skip(first).take(SEALS_AT_ONCE);
+        self.seals_seen = 0;
+        for (position, index, name) in due {
+            self.seals_seen = position + 1;
+            if let Some(text) = self.host.look_at_seal(name, *index) {
+                self.tell(EventKind::Seal, Some(name), text);
+            }
         }
     }
 
@@ -458,11 +487,12 @@ impl Daemon {
 
     /// Asks what devices have dropped behind the kernel path's programs.
     pub(super) fn count_queues(&mut self) {
+        let now = Instant::now();
         let indexes: Vec<u32> = self
             .ports
-            .iter()
+            .iter_mut()
             .filter(|(_, port)| port.in_kernel)
-            .filter_map(|(_, port)| port.path.as_ref()?.target().map(|target| target.index))
+            .filter_map(|(_, port)| port.path.as_mut()?.to_be_asked(now))
             .collect();
         if indexes.is_empty() {
             return;
@@ -562,10 +592,22 @@ impl Daemon {
             return Err(error);
         }
         self.take_kernel_path_away();
+        self.count_by_filter();
         DETACHED.clone_into(&mut self.why_packet);
         let text = format!("uplink {}: the packet path serves all ports: {DETACHED}", self.name);
         self.tell(EventKind::Config, None, text);
         Ok(Vec::new())
+    }
+
+    /// Has the uplink's filter count what nobody claims, as no dispatcher does any more.
+    fn count_by_filter(&mut self) {
+        let Some((_, counters, _)) = &self.uplink.attached else { return };
+        let counting = self.uplink.filter.count_unclaimed().and_then(|()| {
+            counters.iter().try_for_each(|counter| self.uplink.filter.attach(counter.socket()))
+        });
+        if let Err(error) = counting {
+            warn!("uplink {}: VLANs nobody mapped are not counted: {error}", self.name);
+        }
     }
 
     /// Whether something goes on forwarding when this process has ended.

@@ -62,6 +62,18 @@ impl UplinkFilter {
         Ok(Self { claims, seen, sources, program })
     }
 
+    /// Has the filter count what nobody claims from now on, as a filter without records does:
+    /// on sockets it is attached to (again) after this.
+    ///
+    /// # Errors
+    /// As for [`UplinkFilter::new`].
+    pub fn count_unclaimed(&mut self) -> Result<(), BpfError> {
+        let counts = (self.seen.as_fd(), self.sources.as_fd());
+        let instructions = uplink_filter(self.claims.as_fd(), counts, None)?;
+        self.program = load(ProgramKind::SocketFilter, "vlansw_uplink", &instructions)?;
+        Ok(())
+    }
+
     /// What the kernel path's dispatcher shares with the filter.
     pub fn dispatch<'a>(&'a self, programs: BorrowedFd<'a>) -> Dispatch<'a> {
         Dispatch {

@@ -155,6 +155,17 @@ pub fn detach(name: &str, device: u32, direction: Direction) -> Result<bool, Bpf
     Ok(found)
 }
 
+/// Whether a [remembered](remember) program called `name` stands at a hook. The cheapest
+/// question of all: one system call, and nothing is opened.
+///
+/// # Errors
+/// As for [`attach`].
+pub fn holds(name: &str, device: u32, direction: Direction) -> Result<bool, BpfError> {
+    let ids = program_ids(device, direction)?;
+    let ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(ours.iter().any(|program| program.name == name && ids.contains(&program.id)))
+}
+
 /// The programs at a hook of interface `device`, in the order they run. Without
 /// CAP_SYS_ADMIN, those of them that were [remembered](remember), if any.
 ///
