@@ -33,6 +33,7 @@ use crate::sys::bpf::{
     SharedPair, UplinkFilter, detach_tc, is_attached_tc,
 };
 use crate::sys::sandbox::Call;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -51,6 +52,7 @@ const UPLINK_NAME: &str = "vlansw_uplink1";
 const RECORDS_NAME: &str = "vlansw_count1";
 /// A port's records: two directions, and what is known of drops behind its programs.
 const PORT_ENTRIES: u32 = 3;
+const _: () = assert!(FROM_GUEST == 0 && TO_GUEST == 1, "which `Records::first_two` reads");
 const QUEUE_ENTRY: u32 = 2;
 /// Prefixes of pins that stand for something of that name.
 const PORT_PREFIX: &str = "port-";
@@ -181,6 +183,8 @@ pub struct PortPath {
     /// Drops the kernel counted at the device's queue, and those of them that were for a
     /// guest that was not there.
     queue: QueueDrops,
+    /// What was last read of its records, from and to the guest, and when.
+    read: RefCell<Option<(Instant, [[u64; Record::LEN]; 2])>>,
     /// Frames sent to the device, and when that was last seen to have changed.
     sent: Option<(u64, Instant)>,
     /// Frames only the packet path could have passed on, when last looked at.
@@ -342,6 +346,7 @@ impl KernelPath {
             target: None,
             programs: Vec::new(),
             queue: QueueDrops { index: index as u32, seen, full, absent },
+            read: RefCell::new(None),
             sent: None,
             unable,
             express,
@@ -664,6 +669,18 @@ impl PortPath {
         self.express.as_ref().is_some_and(|express| express.attached.device().is_some())
     }
 
+    fn records_since(&self, earliest: Instant) -> Result<[[u64; Record::LEN]; 2], BpfError> {
+        if let Some((when, records)) = *self.read.borrow()
+            && when >= earliest
+        {
+            return Ok(records);
+        }
+        let now = Instant::now();
+        let records = self.records.first_two()?;
+        *self.read.borrow_mut() = Some((now, records));
+        Ok(records)
+    }
+
     /// What it leads to now.
     pub fn target(&self) -> Option<Target> {
         self.target
@@ -673,8 +690,8 @@ impl PortPath {
     /// that it has dropped nothing of ours. It drops after the program has counted.
     pub fn to_be_asked(&mut self, now: Instant) -> Option<u32> {
         let target = self.target?;
-        let record = self.records.sum(TO_GUEST).ok();
-        let sent = record.and_then(|record| record.get(Record::OUT_FRAMES).copied());
+        let records = self.records_since(now).ok();
+        let sent = records.and_then(|[_, to_guest]| to_guest.get(Record::OUT_FRAMES).copied());
         match (self.sent, sent) {
             (Some((before, since)), Some(sent)) if before == sent => {
                 (now.saturating_duration_since(since) < DROP_DELAY).then_some(target.index)
@@ -709,8 +726,8 @@ impl PortPath {
     ///
     /// # Errors
     /// None that a working kernel gives.
-    pub fn take_unable(&mut self) -> Result<bool, BpfError> {
-        let record = self.records.sum(FROM_GUEST)?;
+    pub fn take_unable(&mut self, now: Instant) -> Result<bool, BpfError> {
+        let [record, _] = self.records_since(now)?;
         let unable = record.get(Record::UNABLE).copied().unwrap_or_default();
         Ok(std::mem::replace(&mut self.unable, unable) < unable)
     }
@@ -720,8 +737,18 @@ impl PortPath {
     /// # Errors
     /// None that a working kernel gives.
     pub fn flows(&self) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
-        let from_guest = snapshot(&self.records.sum(FROM_GUEST)?);
-        let mut to_guest = snapshot(&self.records.sum(TO_GUEST)?);
+        self.flows_since(Instant::now())
+    }
+
+    /// What was counted from and to the guest at some moment since `earliest`: what was read
+    /// since then is not read again.
+    ///
+    /// # Errors
+    /// None that a working kernel gives.
+    pub fn flows_since(&self, earliest: Instant) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
+        let [from_guest, to_guest] = self.records_since(earliest)?;
+        let from_guest = snapshot(&from_guest);
+        let mut to_guest = snapshot(&to_guest);
         for (reason, frames) in [
             (DropReason::GuestQueueFull, self.queue.full),
             (DropReason::GuestAbsent, self.queue.absent),

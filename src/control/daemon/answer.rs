@@ -274,10 +274,15 @@ impl Daemon {
 
     /// What came from the wire, whoever served it.
     pub(super) fn uplink_flow(&self) -> FlowSnapshot {
+        self.uplink_flow_since(Instant::now())
+    }
+
+    /// The same as it was at some moment since `earliest`.
+    pub(super) fn uplink_flow_since(&self, earliest: Instant) -> FlowSnapshot {
         let mut flow = self.workers.uplink_flow();
         flow.add(&self.past);
         for path in self.ports.iter().filter_map(|(_, port)| port.path.as_ref()) {
-            if let Ok((_, to_guest)) = path.flows() {
+            if let Ok((_, to_guest)) = path.flows_since(earliest) {
                 flow.add(&handed(&to_guest));
             }
         }

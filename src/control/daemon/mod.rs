@@ -386,7 +386,7 @@ impl Daemon {
                 self.take_notices();
                 self.attach_left_out();
                 self.end_captures();
-                self.look_at_paths();
+                self.look_at_paths(now);
                 self.host.restore_queueing();
                 self.keep_record(false);
                 next_tick = now + TICK;

@@ -432,8 +432,8 @@ impl Daemon {
     }
 
     /// Looks after the kernel path; to be called once a second.
-    pub(super) fn look_at_paths(&mut self) {
-        self.look_for_unable();
+    pub(super) fn look_at_paths(&mut self, now: Instant) {
+        self.look_for_unable(now);
         self.settle_paths();
         self.fit_all_express();
         // A program detached from TCX makes no notification.
@@ -462,9 +462,9 @@ impl Daemon {
     }
 
     /// Looks for guests that send what only the packet path can pass on.
-    fn look_for_unable(&mut self) {
+    fn look_for_unable(&mut self, now: Instant) {
         for (_, port) in self.ports.iter_mut().filter(|(_, port)| port.in_kernel) {
-            let unable = port.path.as_mut().map(kernel::PortPath::take_unable);
+            let unable = port.path.as_mut().map(|path| path.take_unable(now));
             if matches!(unable, Some(Ok(true))) {
                 port.unable = true;
             }

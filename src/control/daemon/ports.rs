@@ -12,6 +12,7 @@ use crate::sys::packet::KernelCounter;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 use tracing::warn;
 
 /// Ports there have been.
@@ -70,9 +71,14 @@ impl Port {
 
     /// What was counted from and to the guest, whoever served it.
     pub fn flows(&self) -> (FlowSnapshot, FlowSnapshot) {
+        self.flows_since(Instant::now())
+    }
+
+    /// The same as it was at some moment since `earliest`.
+    pub fn flows_since(&self, earliest: Instant) -> (FlowSnapshot, FlowSnapshot) {
         let mut from_guest = self.shared.from_guest.snapshot();
         let mut to_guest = self.shared.to_guest.snapshot();
-        match self.path.as_ref().map(PortPath::flows) {
+        match self.path.as_ref().map(|path| path.flows_since(earliest)) {
             Some(Ok((from, to))) => {
                 from_guest.add(&from);
                 to_guest.add(&to);

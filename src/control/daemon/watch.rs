@@ -177,7 +177,7 @@ impl Daemon {
         let time = wall_clock();
         let mut lines = Vec::new();
         for (_, port) in self.ports.iter_mut() {
-            let (from, to) = port.flows();
+            let (from, to) = port.flows_since(now);
             let shared = &port.shared;
             let watched = &mut port.watched;
             watched.see_state(shared.link.state());
@@ -189,7 +189,7 @@ impl Daemon {
                 lines.push((port.config.device.clone(), frames));
             }
         }
-        let flow = self.uplink_flow();
+        let flow = self.uplink_flow_since(now);
         let watched = &mut self.uplink.watched;
         watched.see_state(self.workers.uplink_state());
         watched.ring_peak = f64::from(self.workers.take_ring_peak()) / 1000.0;
