@@ -218,6 +218,21 @@ impl FlowSnapshot {
         self.send_error = self.send_error.or(other.send_error);
     }
 
+    /// What was counted since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let mut since = *self;
+        for (now, before) in since.drops.iter_mut().zip(before.drops) {
+            *now -= before;
+        }
+        since.in_frames -= before.in_frames;
+        since.in_bytes -= before.in_bytes;
+        since.split_frames -= before.split_frames;
+        since.out_frames -= before.out_frames;
+        since.out_bytes -= before.out_bytes;
+        since
+    }
+
     /// All drops.
     pub fn dropped(&self) -> u64 {
         self.drops.iter().sum()

@@ -21,6 +21,10 @@
 //! entries of its VLANs lead to its programs, and left when they let frames pass to the packet path, or are gone. Entries change one by one, each
 //! in one step: a VLAN that goes from one port to another has one of them at any time.
 
+mod port;
+
+pub use port::PortPath;
+
 use super::FlowSnapshot;
 use crate::frame::{Tag, TagEdit, Tpid, Vid};
 use crate::switch::{DropReason, GuestRule, GuestRules, Membership, PoliceRule, Removal, Vlans};
@@ -33,11 +37,11 @@ use crate::sys::bpf::{
     SharedPair, UplinkFilter, detach_tc, is_attached_tc,
 };
 use crate::sys::sandbox::Call;
+use port::{ExpressPath, QueueDrops, snapshot};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 use std::{fs, io};
 
 /// Name of the dispatcher; by it a later run knows it.
@@ -166,63 +170,8 @@ pub struct Target {
     pub is_up: bool,
 }
 
-/// How long after a program has counted a frame the device may drop it.
-const DROP_DELAY: Duration = Duration::from_secs(2);
 /// The largest MTU a tap takes: what is shorter does not limit a guest.
 const UNLIMITED_MTU: u32 = 65521;
-
-/// A port's part of the kernel path.
-#[derive(Debug)]
-pub struct PortPath {
-    number: u64,
-    records: Records,
-    pin: Option<PathBuf>,
-    target: Option<Target>,
-    /// Programs that entries lead to.
-    programs: Vec<(Removal, OwnedFd)>,
-    /// Drops the kernel counted at the device's queue, and those of them that were for a
-    /// guest that was not there.
-    queue: QueueDrops,
-    /// What was last read of its records, from and to the guest, and when.
-    read: RefCell<Option<(Instant, [[u64; Record::LEN]; 2])>>,
-    /// Frames sent to the device, and when that was last seen to have changed.
-    sent: Option<(u64, Instant)>,
-    /// Frames only the packet path could have passed on, when last looked at.
-    unable: u64,
-    express: Option<ExpressPath>,
-}
-
-/// A program at a device's XDP hook.
-#[derive(Debug)]
-struct ExpressPath {
-    attached: PinnedXdp,
-    /// What it was made of; unknown of an earlier run's.
-    rules: Option<path::GuestRules>,
-}
-
-/// What the device behind a port's program has dropped, so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct QueueDrops {
-    /// The device, and its count when last looked at.
-    index: u32,
-    seen: u64,
-    /// Attributed to a guest that did not read.
-    full: u64,
-    /// Attributed to a guest that was not there.
-    absent: u64,
-}
-
-impl QueueDrops {
-    /// Takes note of what the device has dropped in all.
-    fn note(&mut self, target: Target, dropped: u64) {
-        if self.index == target.index {
-            // A device's counts begin anew with the device, not otherwise.
-            let more = dropped.saturating_sub(self.seen);
-            *(if target.is_up { &mut self.full } else { &mut self.absent }) += more;
-        }
-        (self.index, self.seen) = (target.index, dropped);
-    }
-}
 
 /// The kernel path of one uplink.
 #[derive(Debug)]
@@ -643,141 +592,6 @@ pub fn remove(place: Option<&Path>, uplink: Option<u32>) -> Result<Vec<String>, 
 fn names_in(place: &Path) -> Vec<String> {
     let entries = fs::read_dir(place).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
-}
-
-impl PortPath {
-    /// A filter for the port's socket while the port changes its path, and the switch that
-    /// says, first of its pair, whether frames are the packet path's: 1, or 0 as it is made.
-    ///
-    /// # Errors
-    /// [`KernelPathError`].
-    pub fn ring_filter(&self) -> Result<(OwnedFd, SharedPair), KernelPathError> {
-        let switch = SharedPair::at(None, "vlansw_switch")?;
-        let filter = path::ring_filter(switch.as_fd(), self.records.as_fd())?;
-        Ok((bpf::load(ProgramKind::SocketFilter, "vlansw_ring", &filter)?, switch))
-    }
-
-    /// Takes the port's program off its device's XDP hook, if one is there.
-    pub fn leave_express(&mut self) {
-        if let Some(express) = self.express.take() {
-            express.attached.detach();
-        }
-    }
-
-    /// Whether a program is at its device's XDP hook.
-    pub fn is_express(&self) -> bool {
-        self.express.as_ref().is_some_and(|express| express.attached.device().is_some())
-    }
-
-    fn records_since(&self, earliest: Instant) -> Result<[[u64; Record::LEN]; 2], BpfError> {
-        if let Some((when, records)) = *self.read.borrow()
-            && when >= earliest
-        {
-            return Ok(records);
-        }
-        let now = Instant::now();
-        let records = self.records.first_two()?;
-        *self.read.borrow_mut() = Some((now, records));
-        Ok(records)
-    }
-
-    /// What it leads to now.
-    pub fn target(&self) -> Option<Target> {
-        self.target
-    }
-
-    /// The device to ask what it has dropped; none if nothing was sent to it for a while, so
-    /// that it has dropped nothing of ours. It drops after the program has counted.
-    pub fn to_be_asked(&mut self, now: Instant) -> Option<u32> {
-        let target = self.target?;
-        let records = self.records_since(now).ok();
-        let sent = records.and_then(|[_, to_guest]| to_guest.get(Record::OUT_FRAMES).copied());
-        match (self.sent, sent) {
-            (Some((before, since)), Some(sent)) if before == sent => {
-                (now.saturating_duration_since(since) < DROP_DELAY).then_some(target.index)
-            }
-            (_, sent) => {
-                self.sent = sent.map(|sent| (sent, now));
-                Some(target.index)
-            }
-        }
-    }
-
-    /// Takes note of what the device has dropped in all, as the kernel counts.
-    pub fn note_dropped(&mut self, dropped: u64) {
-        let Some(target) = self.target else { return };
-        let before = self.queue;
-        self.queue.note(target, dropped);
-        if self.queue != before {
-            let QueueDrops { index, seen, full, absent } = self.queue;
-            let numbers = [(0, u64::from(index)), (1, seen), (2, full), (3, absent)];
-            // For who comes after us; if it fails, he counts from now on.
-            let _ = self.records.fill(QUEUE_ENTRY, &numbers);
-        }
-    }
-
-    /// Takes note of what a device has dropped in all, and counts none of it.
-    pub fn skip_dropped(&mut self, index: u32, dropped: u64) {
-        (self.queue.index, self.queue.seen) = (index, dropped);
-    }
-
-    /// Whether there were frames, since it was last asked, that only the packet path could
-    /// have passed on.
-    ///
-    /// # Errors
-    /// None that a working kernel gives.
-    pub fn take_unable(&mut self, now: Instant) -> Result<bool, BpfError> {
-        let [record, _] = self.records_since(now)?;
-        let unable = record.get(Record::UNABLE).copied().unwrap_or_default();
-        Ok(std::mem::replace(&mut self.unable, unable) < unable)
-    }
-
-    /// What was counted from and to the guest.
-    ///
-    /// # Errors
-    /// None that a working kernel gives.
-    pub fn flows(&self) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
-        self.flows_since(Instant::now())
-    }
-
-    /// What was counted from and to the guest at some moment since `earliest`: what was read
-    /// since then is not read again.
-    ///
-    /// # Errors
-    /// None that a working kernel gives.
-    pub fn flows_since(&self, earliest: Instant) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
-        let [from_guest, to_guest] = self.records_since(earliest)?;
-        let from_guest = snapshot(&from_guest);
-        let mut to_guest = snapshot(&to_guest);
-        for (reason, frames) in [
-            (DropReason::GuestQueueFull, self.queue.full),
-            (DropReason::GuestAbsent, self.queue.absent),
-        ] {
-            // What others have sent to the device and lost there is not ours.
-            let frames = frames.min(to_guest.out_frames);
-            to_guest.out_frames -= frames;
-            if let Some(drops) = to_guest.drops.get_mut(reason.index()) {
-                *drops += frames;
-            }
-        }
-        Ok((from_guest, to_guest))
-    }
-}
-
-/// A record as a flow.
-fn snapshot(record: &[u64; Record::LEN]) -> FlowSnapshot {
-    let number = |place: usize| record.get(place).copied().unwrap_or_default();
-    let mut flow = FlowSnapshot {
-        in_bytes: number(Record::IN_BYTES),
-        out_frames: number(Record::OUT_FRAMES),
-        out_bytes: number(Record::OUT_BYTES),
-        ..FlowSnapshot::default()
-    };
-    for (position, drops) in flow.drops.iter_mut().enumerate() {
-        *drops = number(Record::DROPS + position);
-    }
-    flow.in_frames = flow.out_frames + flow.dropped();
-    flow
 }
 
 /// A membership's rules as programs want them.

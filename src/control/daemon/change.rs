@@ -9,17 +9,20 @@
 
 use super::Daemon;
 use super::devices::{Opened, close_opened};
-use super::ports::Port;
+use super::ports::{Leaving, Port};
 use crate::control::api::{EventKind, ReloadReply};
 use crate::control::checks;
 use crate::control::config::{Config, ConfigErrors, diff};
 use crate::control::mapping::{DeviceKind, PortConfig};
 use crate::control::placement::{Key, keys};
 use crate::control::start_error::StartError;
+use crate::dataplane::FlowSnapshot;
+use crate::dataplane::kernel::PortPath;
 use crate::frame::{Tpid, Vid};
 use crate::switch::{Conflict, Membership, PortIndex, Table};
 use sd_notify::NotifyState;
 use std::collections::HashSet;
+use std::sync::Arc;
 use thiserror::Error;
 use tracing::warn;
 
@@ -385,10 +388,10 @@ impl Daemon {
             self.stop_captures_of(*position);
             self.give_back(*position, None);
             let Some(mut port) = self.ports.remove(*position) else { continue };
-            let (from_guest, to_guest) = port.flows();
-            let retired = self.retired.get_or_insert_default();
-            retired.from_guest.add(from_guest.into());
-            retired.to_guest.add(to_guest.into());
+            self.leaving.push(Leaving::new(Arc::clone(&port.shared)));
+            if let Some(Ok(flows)) = port.path.as_ref().map(PortPath::flows) {
+                self.add_retired(flows);
+            }
             self.leave_kernel_path(&mut port);
             let internal = port.config.kind == DeviceKind::Internal;
             let name = port.config.device;
@@ -398,6 +401,22 @@ impl Daemon {
             self.tell(EventKind::PortRemoved, Some(&name), format!("{name}: removed"));
         }
         notes
+    }
+
+    fn add_retired(&mut self, (from_guest, to_guest): (FlowSnapshot, FlowSnapshot)) {
+        let retired = self.retired.get_or_insert_default();
+        retired.from_guest.add(from_guest.into());
+        retired.to_guest.add(to_guest.into());
+    }
+
+    /// Adds what removed ports' workers have counted by now.
+    pub(super) fn count_leaving(&mut self) {
+        let mut leaving = std::mem::take(&mut self.leaving);
+        for port in &mut leaving {
+            self.add_retired(port.take());
+        }
+        leaving.retain(|port| !port.is_over());
+        self.leaving = leaving;
     }
 
     /// What stays of a port that was removed.

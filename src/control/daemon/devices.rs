@@ -463,6 +463,7 @@ impl Daemon {
 
     pub(super) fn count_overruns(&mut self) {
         self.count_queues();
+        self.count_leaving();
         if let Some((_, counters, _)) = &self.uplink.attached {
             for (worker, (seat, counter)) in self.workers.iter().zip(counters).enumerate() {
                 let count = counter.take();

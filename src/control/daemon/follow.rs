@@ -31,6 +31,9 @@ impl Daemon {
             self.overruns_seen = self.monitor.overruns();
             self.leave_the_vanished();
         }
+        // Of these a start makes one for each port, in which no device has changed.
+        let only_hooks = !events.is_empty()
+            && events.iter().all(|event| matches!(event, LinkEvent::Unhooked { .. }));
         for event in events {
             if let Some(old) = event.departed() {
                 self.device_left(old.index, event.arrived().map(|new| new.name.as_str()));
@@ -44,6 +47,9 @@ impl Daemon {
             if let LinkEvent::Unhooked { index, cause } = event {
                 self.device_unhooked(index, cause);
             }
+        }
+        if only_hooks {
+            return;
         }
         self.publish_all();
         self.follow_uplink();

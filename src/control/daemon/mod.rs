@@ -52,7 +52,7 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{UnixAddr, getsockname};
-use ports::Ports;
+use ports::{Leaving, Ports};
 use scraped::Scraped;
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -115,6 +115,8 @@ pub struct Daemon {
     abilities: Abilities,
     /// The counters of ports that were removed.
     retired: Option<Removed>,
+    /// Ports that were removed a moment ago.
+    leaving: Vec<Leaving>,
     /// Taps this run created: removed if it does not get as far as forwarding.
     created: Vec<CreatedTap>,
     /// Devices whose seal has not been moved to where it costs least.
@@ -216,6 +218,7 @@ impl Daemon {
             workers,
             abilities,
             retired: None,
+            leaving: Vec::new(),
             created: Vec::new(),
             unsettled: Vec::new(),
             seals_seen: 0,

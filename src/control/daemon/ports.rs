@@ -12,8 +12,11 @@ use crate::sys::packet::KernelCounter;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tracing::warn;
+
+/// How long a removed port's worker may count on: longer than a stuck one goes unnoticed.
+const LEAVING_TIME: Duration = Duration::from_secs(10);
 
 /// Ports there have been.
 static NUMBERS: AtomicU64 = AtomicU64::new(1);
@@ -47,6 +50,33 @@ pub struct Port {
     pub attached: Option<Attached>,
     /// What the clock's ticks have seen of it.
     pub watched: Watched,
+}
+
+/// What a port has counted that was removed: its worker may be late to notice, and count on.
+#[derive(Debug)]
+pub struct Leaving {
+    since: Instant,
+    shared: Arc<PortShared>,
+    told: (FlowSnapshot, FlowSnapshot),
+}
+
+impl Leaving {
+    /// Of a port that is being removed.
+    pub fn new(shared: Arc<PortShared>) -> Self {
+        Self { since: Instant::now(), shared, told: Default::default() }
+    }
+
+    /// What was counted since the last call, from and to the guest.
+    pub fn take(&mut self) -> (FlowSnapshot, FlowSnapshot) {
+        let now = (self.shared.from_guest.snapshot(), self.shared.to_guest.snapshot());
+        let (from, to) = std::mem::replace(&mut self.told, now);
+        (self.told.0.since(&from), self.told.1.since(&to))
+    }
+
+    /// Whether its worker has noticed by now, or never will.
+    pub fn is_over(&self) -> bool {
+        self.since.elapsed() > LEAVING_TIME
+    }
 }
 
 impl Port {
@@ -209,5 +239,24 @@ impl Ports {
     /// Each position's configuration, empty positions included.
     pub fn configs(&self) -> Vec<Option<&PortConfig>> {
         self.places.iter().map(|place| place.as_ref().map(|port| &port.config)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_late_worker_counts_of_a_removed_port_is_told_once() {
+        let shared = Arc::<PortShared>::default();
+        shared.from_guest.add_overruns(2);
+        let mut leaving = Leaving::new(Arc::clone(&shared));
+        let drops = |(from, to): (FlowSnapshot, FlowSnapshot)| (from.dropped(), to.dropped());
+        assert_eq!(drops(leaving.take()), (2, 0));
+        shared.from_guest.add_overruns(3);
+        shared.to_guest.add_overruns(1);
+        assert_eq!(drops(leaving.take()), (3, 1));
+        assert_eq!(drops(leaving.take()), (0, 0));
+        assert!(!leaving.is_over());
     }
 }
