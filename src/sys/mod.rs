@@ -12,5 +12,6 @@ pub mod hand_over;
 pub mod netns;
 pub mod packet;
 pub mod peer;
+pub mod reception;
 pub mod sandbox;
 pub mod tap;

@@ -35,7 +35,7 @@ SYSTEM = ["features", "kernel_facts", "sys_bpf", "sys_packet", "sys_tap", "resta
 # Of these files only what concerns the kernel: the rest would be the same on any.
 PARTS = {
     "restart": ["every_frame_arrives_once_through_many_restarts_by", "a_killed_switch"],
-    "kernel_path": ["frames_flow_whatever", "changes_its_path", "cannot_serve", "both_paths_do", "full_queue"],
+    "kernel_path": ["frames_flow_whatever", "changes_its_path", "cannot_serve", "both_paths_do", "full_queue", "guest_without_offloads"],
 }
 # How much less there is to transfer than on a real processor.
 SCALE = "128"

@@ -16,7 +16,7 @@ use crate::port::INTERNAL_CALLS;
 use crate::sys::sandbox::{
     Call, Extent, Filter, RUNTIME, Restricted, SandboxError, THREADS, Use, Verdict, restrict_files,
 };
-use crate::sys::{bpf, ethtool, packet, tap};
+use crate::sys::{bpf, ethtool, packet, reception, tap};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 use tracing::{info, warn};
@@ -69,6 +69,7 @@ pub fn control_calls(kernel_path: bool) -> impl Iterator<Item = Call> {
     let lists = [
         if kernel_path { bpf::PATH_CALLS } else { &[] },
         if kernel_path { kernel::CALLS } else { &[] },
+        if kernel_path { reception::CALLS } else { &[] },
         RUNTIME,
         THREADS,
         LOOP,

@@ -9,12 +9,9 @@ use crate::control::start_error::StartError;
 use crate::port::{Device, NetdevOptions};
 use crate::switch::PortIndex;
 use crate::sys::bpf::{self, SharedPair};
+use crate::sys::reception::wait_for_receptions;
 use std::os::fd::AsFd;
-use std::time::Duration;
 use tracing::warn;
-
-/// How long a frame may be on its way from a socket's filter to a program behind it.
-const STRAGGLER_TIME: Duration = Duration::from_millis(1);
 
 impl Daemon {
     /// Moves ports to the packet path.
@@ -62,7 +59,7 @@ impl Daemon {
             }
         }
         self.claim_for_packet_path();
-        std::thread::sleep(STRAGGLER_TIME);
+        wait_for_receptions();
         for (position, index, _) in switches {
             if let Err(error) = self.host.replace_guard(index, None) {
                 warn!("{error}");
@@ -152,7 +149,7 @@ impl Daemon {
                 }
             }
         }
-        std::thread::sleep(STRAGGLER_TIME);
+        wait_for_receptions();
         for (position, _) in &switches {
             let index = self.ports.get(*position).and_then(Port::index);
             self.begin_transition(*position, index);
@@ -173,7 +170,7 @@ impl Daemon {
             }
         }
         self.claim_for_packet_path();
-        std::thread::sleep(STRAGGLER_TIME);
+        wait_for_receptions();
         for position in &moved {
             let index = self.ports.get(*position).and_then(Port::index);
             let program = self.guest_program(*position, false);
