@@ -187,14 +187,14 @@ impl Daemon {
         self.ask_back(&gone);
         self.switch_tables(table);
         let departed = self.await_departures(&gone);
-        self.await_switch();
+        let switched = self.await_switch();
         self.attach_ports(opened);
         self.claim(&self.claims, &before, true);
         self.lead_changed(&changed);
         self.claim(&before, &self.claims, false);
         self.name_interfaces();
         self.close(&gone, departed);
-        let mut notes = self.retire(&removed);
+        let mut notes = self.retire(&removed, switched);
         let changed_positions: Vec<_> = changed.iter().map(|(position, _)| *position).collect();
         for (position, config) in changed {
             let text = format!("{}: now {}", config.device, config.to_map(new.tpid));
@@ -381,14 +381,19 @@ impl Daemon {
         (self.ports.places()..).take(count).collect()
     }
 
-    /// Takes ports out for good. Returns what the operator should know.
-    fn retire(&mut self, positions: &[PortIndex]) -> Vec<String> {
+    /// Takes ports out for good; `noticed` by all workers, or not yet. Returns what the
+    /// operator should know.
+    fn retire(&mut self, positions: &[PortIndex], noticed: bool) -> Vec<String> {
         let mut notes = Vec::new();
         for position in positions {
             self.stop_captures_of(*position);
             self.give_back(*position, None);
             let Some(mut port) = self.ports.remove(*position) else { continue };
-            self.leaving.push(Leaving::new(Arc::clone(&port.shared)));
+            let mut leaving = Leaving::new(Arc::clone(&port.shared));
+            self.add_retired(leaving.take());
+            if !noticed {
+                self.leaving.push(leaving);
+            }
             if let Some(Ok(flows)) = port.path.as_ref().map(PortPath::flows) {
                 self.add_retired(flows);
             }
@@ -409,7 +414,7 @@ impl Daemon {
         retired.to_guest.add(to_guest.into());
     }
 
-    /// Adds what removed ports' workers have counted by now.
+    /// Adds what workers that were late to notice have counted of removed ports by now.
     pub(super) fn count_leaving(&mut self) {
         let mut leaving = std::mem::take(&mut self.leaving);
         for port in &mut leaving {

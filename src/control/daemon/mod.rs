@@ -115,7 +115,7 @@ pub struct Daemon {
     abilities: Abilities,
     /// The counters of ports that were removed.
     retired: Option<Removed>,
-    /// Ports that were removed a moment ago.
+    /// Ports that were removed a moment ago, and a worker had not noticed.
     leaving: Vec<Leaving>,
     /// Taps this run created: removed if it does not get as far as forwarding.
     created: Vec<CreatedTap>,

@@ -376,17 +376,20 @@ impl Daemon {
         self.workers.send_all(|| Command::Switch(number, Arc::clone(&table)));
     }
 
-    /// Waits until all decide by the latest table.
-    pub(super) fn await_switch(&mut self) {
+    /// Waits until all decide by the latest table; false if one does not yet.
+    pub(super) fn await_switch(&mut self) -> bool {
         let deadline = Instant::now() + PATIENCE;
         let number = self.tables;
+        let mut all = true;
         for worker in 0..self.workers.len() {
-            self.await_notice(
+            let notice = self.await_notice(
                 worker,
                 deadline,
                 |notice| matches!(notice, Notice::Switched(other) if *other == number),
             );
+            all &= notice.is_some();
         }
+        all
     }
 
     /// Waits for this notice of a worker.
