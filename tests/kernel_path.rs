@@ -132,6 +132,29 @@ fn ended(mut daemon: Daemon, signal: Signal) -> Vec<String> {
     daemon.stderr()
 }
 
+/// Kills the daemon, stops it, or has another take over, by turns; another runs then.
+fn restart(
+    bench: &Bench,
+    daemon: &mut Option<Daemon>,
+    arguments: &[&str],
+    round: usize,
+    while_nobody_is_there: impl FnOnce(),
+) {
+    let signal = match round % 3 {
+        0 => Signal::SIGKILL,
+        1 => Signal::SIGTERM,
+        _ => {
+            let after = bench.start(&[arguments, &["--takeover"]].concat());
+            let mut before = daemon.replace(after).unwrap();
+            eventually("the one before ends", || before.ended());
+            return;
+        }
+    };
+    ended(daemon.take().unwrap(), signal);
+    while_nobody_is_there();
+    *daemon = Some(bench.start(arguments));
+}
+
 /// Neither a crash nor a restart costs a frame, and counts go on.
 #[test]
 #[ignore = "needs root: makes network namespaces"]
@@ -144,19 +167,7 @@ fn frames_flow_whatever_becomes_of_the_daemon() {
     daemon.as_ref().unwrap().attached(&["t0"]);
     let (sent, rate) = both_ways(&bench.lab, &guest, VLAN, |arrived| {
         for round in 0..restarts {
-            match round % 3 {
-                0 => drop(ended(daemon.take().unwrap(), Signal::SIGKILL)),
-                1 => drop(ended(daemon.take().unwrap(), Signal::SIGTERM)),
-                _ => {
-                    let after = bench.start(&[&arguments[..], &["--takeover"]].concat());
-                    let mut before = daemon.replace(after).unwrap();
-                    eventually("the one before ends", || before.ended());
-                    continue;
-                }
-            }
-            // Nobody is there.
-            arrived.flows();
-            daemon = Some(bench.start(&arguments));
+            restart(&bench, &mut daemon, &arguments, round, || arrived.flows());
             arrived.flows();
         }
     });
@@ -554,18 +565,9 @@ fn a_guest_without_offloads_is_served_by_xdp() {
     assert!(bench.has_xdp("t0"));
     let sent = each_once(&bench.lab, &guest, VLAN, |_| {
         for round in 0..9 {
-            match round % 3 {
-                0 => drop(ended(daemon.take().unwrap(), Signal::SIGKILL)),
-                1 => drop(ended(daemon.take().unwrap(), Signal::SIGTERM)),
-                _ => {
-                    let after = bench.start(&[&arguments[..], &["--takeover"]].concat());
-                    let mut before = daemon.replace(after).unwrap();
-                    eventually("the one before ends", || before.ended());
-                    continue;
-                }
-            }
-            assert!(bench.has_xdp("t0"), "it outlives its daemon");
-            daemon = Some(bench.start(&arguments));
+            restart(&bench, &mut daemon, &arguments, round, || {
+                assert!(bench.has_xdp("t0"), "it outlives its daemon");
+            });
             bench.until_reason("t0", "XDP sends");
         }
         for _ in 0..5 {
