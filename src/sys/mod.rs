@@ -9,6 +9,7 @@ pub mod bpf;
 pub mod ethtool;
 pub mod fanout;
 pub mod hand_over;
+pub mod memory;
 pub mod netns;
 pub mod packet;
 pub mod peer;

@@ -8,6 +8,7 @@ use crate::control::capture::{Names, Options, Session};
 use crate::control::server::{CaptureStream, ClientId, Refusal};
 use crate::dataplane::{Command, Place, SINKS_MAX, SNAPLEN_MAX, Selection, capture};
 use crate::switch::PortIndex;
+use crate::sys::memory;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
@@ -22,6 +23,8 @@ pub struct Captures {
     /// Where one is about to look.
     coming: Option<Place>,
     names: Names,
+    /// Looks for which memory is still to be given back: a worker lets go a moment later.
+    trims: u8,
 }
 
 impl Captures {
@@ -136,9 +139,17 @@ impl Daemon {
     /// Forgets captures that have ended.
     pub(super) fn end_captures(&mut self) {
         let sessions = &mut self.captures.sessions;
+        let before = sessions.len();
         while let Some(ended) = sessions.iter().position(|(_, session)| session.is_finished()) {
             let summary = sessions.swap_remove(ended).1.join();
             info!("capture ended: {} frames written, {} missed", summary.written, summary.missed);
+        }
+        if sessions.len() < before {
+            self.captures.trims = 3;
+        }
+        if self.captures.trims > 0 {
+            self.captures.trims -= 1;
+            memory::give_back_freed();
         }
     }
 }
