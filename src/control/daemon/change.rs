@@ -223,6 +223,7 @@ impl Daemon {
             self.lead(position);
         }
         self.settle_paths();
+        self.fit_all_express();
         if let Err(error) = self.fit_uplink_ring() {
             notes.push(error.to_string());
         }

@@ -309,6 +309,7 @@ impl Daemon {
         for position in positions {
             self.lead(position);
         }
+        // What a new device has dropped before is not ours.
         self.count_queues();
     }
 
@@ -320,7 +321,6 @@ impl Daemon {
         if let Err(error) = kernel.set_uplink(link.map(target)) {
             warn!("uplink {}: {error}", self.name);
         }
-        self.fit_all_express();
     }
 
     /// Attaches the dispatcher to the uplink, if there is to be one; takes an earlier run's
@@ -333,6 +333,8 @@ impl Daemon {
             }
             None => {}
         }
+        // Before programs are told of it: not every driver takes what XDP redirects.
+        self.fit_all_express();
         self.follow_uplink();
         Ok(())
     }
@@ -446,17 +448,19 @@ impl Daemon {
 
     /// Looks whether the seals of ports are there, of some at a time.
     fn watch_seals(&mut self) {
-        let ports = self.ports.iter().filter_map(|(position, port)| {
+        // By position, which the order people see is not.
+        let positions = self.seals_seen..self.ports.places();
+        let due = positions.filter_map(|position| {
+            let port = self.ports.get(position)?;
             Some((position, port.index()?, port.config.device.clone()))
         });
-        let ports: Vec<_> = ports.collect();
-        let first = ports.partition_point(|(position, ..)| *position < self.seals_seen);
-        let due = ports.iter().skip(first).take(SEALS_AT_ONCE);
-        self.seals_seen = 0;
-        for (position, index, name) in due {
-            self.seals_seen = position + 1;
-            if let Some(text) = self.host.look_at_seal(name, *index) {
-                self.tell(EventKind::Seal, Some(name), text);
+        let due: Vec<_> = due.take(SEALS_AT_ONCE).collect();
+        // Less than that many: the end is reached.
+        let last = due.last().filter(|_| due.len() == SEALS_AT_ONCE);
+        self.seals_seen = last.map_or(0, |(position, ..)| position + 1);
+        for (_, index, name) in due {
+            if let Some(text) = self.host.look_at_seal(&name, index) {
+                self.tell(EventKind::Seal, Some(&name), text);
             }
         }
     }

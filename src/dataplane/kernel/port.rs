@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 /// How long after a program has counted a frame the device may drop it.
 const DROP_DELAY: Duration = Duration::from_secs(2);
+
 /// A port's part of the kernel path.
 #[derive(Debug)]
 pub struct PortPath {
@@ -30,6 +31,7 @@ pub struct PortPath {
     pub(super) sent: Option<(u64, Instant)>,
     /// Frames only the packet path could have passed on, when last looked at.
     pub(super) unable: u64,
+    /// What is at its device's XDP hook.
     pub(super) express: Option<ExpressPath>,
 }
 
@@ -82,11 +84,6 @@ impl PortPath {
         if let Some(express) = self.express.take() {
             express.attached.detach();
         }
-    }
-
-    /// Whether a program is at its device's XDP hook.
-    pub fn is_express(&self) -> bool {
-        self.express.as_ref().is_some_and(|express| express.attached.device().is_some())
     }
 
     fn records_since(&self, earliest: Instant) -> Result<[[u64; Record::LEN]; 2], BpfError> {

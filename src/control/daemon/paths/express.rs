@@ -19,7 +19,7 @@ const GUEST_OFFLOADS: &str = "tx-checksum-ip-generic";
 
 impl Daemon {
     /// Puts programs at the XDP hooks of all ports that are to have one, and takes others off.
-    pub(super) fn fit_all_express(&mut self) {
+    pub(in super::super) fn fit_all_express(&mut self) {
         let ports = self.ports.iter();
         let positions: Vec<PortIndex> = ports
             .filter(|(_, port)| port.config.offload_off || port.express.is_some())
