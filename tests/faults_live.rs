@@ -201,6 +201,33 @@ fn the_uplinks_carrier_flaps() {
     assert!(summary.to_wire.out_frames >= traffic.up.received(), "{traffic:?} {summary:?}");
 }
 
+/// The uplink is set down and up while a guest sends. The kernel takes some frames with a
+/// success while it goes down; the device's own counter has them.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn what_the_uplink_loses_as_it_goes_down_is_told() {
+    let lab = Lab::new();
+    let daemon = lab.daemon(&["--map", "101=t0"]);
+    let guest = lab.raw_guest("t0");
+    daemon.attached(&["t0"]);
+    let wire = lab.wire();
+    let traffic = traffic(&wire, &guest, C101, 60, |traffic| {
+        for _ in 0..40 {
+            lab.host.ip("link set up0 down");
+            daemon.until("down", |summary| summary.uplink_state == "down");
+            lab.host.ip("link set up0 up");
+            uplink(&daemon, "up");
+            more(traffic, 50);
+        }
+    });
+    let summary = daemon.stop();
+    let (sent, port) = (summary.to_wire.out_frames, summary.port("t0"));
+    assert_eq!(port.from_guest.in_frames, traffic.up.sent(), "{port:?}");
+    let arrived = traffic.up.received();
+    println!("{} lost by the uplink, {} told", sent - arrived, summary.unsent);
+    assert!((arrived..=arrived + summary.unsent).contains(&sent), "{traffic:?} {summary:?}");
+}
+
 /// The uplink's driver is loaded anew: the device goes and another comes by its name.
 #[test]
 #[ignore = "needs root: makes network namespaces"]
@@ -359,6 +386,38 @@ fn the_uplinks_queue_is_full() {
     let full = flow.dropped("uplink_queue_full");
     assert!(full > FRAMES / 10, "{flow:?}");
     assert_eq!(full + flow.dropped("ring_overrun") + received, FRAMES, "{flow:?}");
+}
+
+/// A queueing discipline that takes frames with a success and drops them: nobody tells the
+/// sender, the uplink's counter says it, on both paths and to the process that takes over.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn what_the_uplinks_queue_swallows_is_told() {
+    const FRAMES: u64 = 100;
+    for datapath in ["packet", "kernel"] {
+        let lab = Lab::new();
+        let folder = TempDir::new().unwrap();
+        let control = folder.path().join("control").display().to_string();
+        let arguments = ["--datapath", datapath, "--control", &control, "--map", "101=t0"];
+        let daemon = lab.daemon(&arguments);
+        let guest = lab.raw_guest("t0");
+        daemon.attached(&["t0"]);
+        lab.host.tc("qdisc replace dev up0 root blackhole");
+        let send = |daemon: &Daemon, sum: u64| {
+            (0..FRAMES).for_each(|number| guest.send(&Frame::numbered(number).reversed()));
+            let summary = daemon.until("all are told", |now| now.unsent >= sum);
+            // The host's own frames may be among them.
+            assert!(summary.unsent < sum + 20, "{datapath}: {summary:?}");
+        };
+        send(&daemon, FRAMES);
+        let mut old = daemon;
+        let next = lab.daemon(&[&arguments[..], &["--takeover"]].concat());
+        eventually("the old process ends", || old.ended());
+        send(&next, 2 * FRAMES);
+        lab.host.tc("qdisc delete dev up0 root");
+        let summary = next.stop();
+        assert!(summary.unsent >= 2 * FRAMES, "{datapath}: {summary:?}");
+    }
 }
 
 /// A daemon with a control socket, started through a wrapper.

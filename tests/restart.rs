@@ -561,6 +561,32 @@ fn a_killed_switch_leaves_vms_attached_and_sealed() {
     }
 }
 
+/// A namespace may have the number of one that is gone, where a switch was killed: what is
+/// written of that one's devices says nothing of this one's.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn what_a_namespace_before_left_is_not_this_ones() {
+    let (lab, place) = (Lab::new(), Place::new());
+    let control = place.control();
+    let arguments = place.arguments(&control, &["--map", "101=t0"]);
+    let mut daemon = lab.daemon(&arguments);
+    let _guest = lab.raw_guest("t0");
+    daemon.attached(&["t0"]);
+    daemon.signal(Signal::SIGKILL);
+    eventually("it is dead", || daemon.ended());
+    let file = place.folder.path().join(Place::record(&lab));
+    let mut found: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let cookie = found["cookie"].as_u64().expect("a cookie, from Linux 5.14 on");
+    found["cookie"] = (cookie - 1).into();
+    std::fs::write(&file, found.to_string()).unwrap();
+    let next = lab.daemon(&arguments);
+    next.attached(&["t0"]);
+    let told = stopped(next);
+    assert!(!told.iter().any(|line| line.contains("counters start again")), "{told:?}");
+    assert!(place.files().is_empty(), "{:?}", place.files());
+}
+
 /// A worker that does not go on: it is told within two seconds (five are let pass), and the
 /// manager hears nothing until it does.
 #[test]

@@ -133,6 +133,9 @@ pub struct Uplink {
     pub from_wire: Flow,
     /// Frames sent, the sum over all ports.
     pub to_wire: Sent,
+    /// Frames that the device or its queueing discipline dropped of all the host gave it.
+    #[serde(default)]
+    pub unsent: u64,
 }
 
 /// Tagged frames of one VLAN that no port claims.

@@ -215,7 +215,7 @@ impl Metric {
 use Kind::{Counter, Gauge, Info};
 
 /// All metrics there are.
-pub static METRICS: [Metric; 36] = [
+pub static METRICS: [Metric; 37] = [
     row(Info, "build", &["version"], "Version of vlanswitchd.", |of, to| {
         to.put([&of.0.version], 1.0)
     }),
@@ -313,6 +313,13 @@ pub static METRICS: [Metric; 36] = [
         to.uplink(of, of.1.uplink.to_wire.out_bytes)
     })
     .in_unit("bytes"),
+    row(
+        Counter,
+        "uplink_unsent_frames",
+        DEVICE,
+        "Frames that the uplink's device or its qdisc dropped of all that the host gave it.",
+        |of, to| to.uplink(of, of.1.uplink.unsent),
+    ),
     row(
         Gauge,
         "uplink_ring_peak",
@@ -606,6 +613,7 @@ mod tests {
                 ring_peak: 0.0,
                 from_wire: Flow::default(),
                 to_wire: Sent::default(),
+                unsent: 0,
             },
             ports,
             removed: None,

@@ -28,3 +28,4 @@ pub mod server;
 pub mod start_error;
 mod store;
 mod takeover;
+mod unsent;

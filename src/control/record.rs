@@ -17,10 +17,12 @@
 //! claim to that uplink reads or writes it. The claim is a name in the same namespace, and its
 //! process has it until it ends or hands over: nobody else who wrote the record still runs.
 //!
-//! Devices belong to it only as long as their seal is there and the host has not been
-//! started anew: indexes begin again.
+//! Devices belong to it only as long as their seal is there, the host has not been started
+//! anew (indexes begin again), and the namespace is the same one: the number in the file's name
+//! is given again to a new namespace when one has gone, its cookie is not.
 
 use crate::control::host::{FoundPort, FoundUplink};
+use crate::sys::netns;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::{self, Write};
@@ -44,6 +46,9 @@ struct Subject {
     /// The network namespace.
     #[serde(default)]
     namespace: u64,
+    /// What no other namespace has had since the start of the host; None before Linux 5.14.
+    #[serde(default)]
+    cookie: Option<u64>,
     /// The uplink's name.
     #[serde(default)]
     of: String,
@@ -53,7 +58,7 @@ impl Subject {
     fn of(uplink: &str) -> io::Result<Self> {
         let boot = fs::read_to_string(BOOT_ID)?.trim().to_owned();
         let namespace = fs::metadata(NAMESPACE)?.ino();
-        Ok(Self { boot, namespace, of: uplink.to_owned() })
+        Ok(Self { boot, namespace, cookie: netns::cookie().ok(), of: uplink.to_owned() })
     }
 }
 

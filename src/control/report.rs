@@ -39,6 +39,8 @@ pub struct UplinkReport {
     pub from_wire: Flow,
     /// Frames sent, the sum over the ports.
     pub to_wire: Sent,
+    /// Frames that the device or its queueing discipline dropped of all the host gave it.
+    pub unsent: u64,
 }
 
 /// A port's counters.
@@ -107,6 +109,7 @@ impl From<Stats> for Report {
             state: stats.uplink.state,
             from_wire: stats.uplink.from_wire,
             to_wire: stats.uplink.to_wire,
+            unsent: stats.uplink.unsent,
         };
         Self { removed: stats.removed, ..Self::new(uplink, ports.collect(), stats.unmapped) }
     }
@@ -156,7 +159,7 @@ impl Report {
             ]);
         }
         let mut text = sheet.render(colours);
-        let UplinkReport { name, state, from_wire, to_wire } = &self.uplink;
+        let UplinkReport { name, state, from_wire, to_wire, unsent } = &self.uplink;
         let line = format!(
             "uplink {name} ({state}): received {} frames, {} dropped; sent {} frames",
             from_wire.in_frames,
@@ -170,6 +173,13 @@ impl Report {
             let _ = writeln!(text, "{line}");
         }
         text.push_str(&self.drops_text(colours));
+        if *unsent > 0 {
+            let _ = writeln!(
+                text,
+                "{unsent} frames of those the host sent there were dropped by the uplink's\n  \
+                 device or qdisc (`ip -s link show {name}`, `tc -s qdisc show dev {name}`)"
+            );
+        }
         if !self.unmapped.is_empty() {
             text.push_str("VLANs on the uplink that no port claims (left to the host):\n");
             let mut sheet = Sheet::new(&["tpid", "vlan", "frames"]).numbers(1..3);

@@ -50,6 +50,7 @@
 use crate::control::api::{Flow, INTERFACE, Removed};
 use crate::control::fallback::Abilities;
 use crate::control::host::{FoundPort, FoundUplink};
+use crate::control::unsent::Unsent;
 use crate::sys::hand_over;
 use crate::sys::peer::Peer;
 use nix::sys::signal::{Signal, kill};
@@ -210,6 +211,9 @@ pub struct Last {
     pub ports: Vec<(usize, Flow, Flow)>,
     /// Ports removed meanwhile.
     pub removed: Option<Removed>,
+    /// What the uplink dropped, as of when it was last asked for.
+    #[serde(default)]
+    pub unsent: Unsent,
 }
 
 /// The new process's side of a hand-over under way.

@@ -1,5 +1,5 @@
-//! Private network namespaces, for the start-up probes: what the kernel can do is
-//! tried on devices nobody else sees.
+//! Network namespaces: private ones for the start-up probes, where what the kernel can do
+//! is tried on devices nobody else sees, and what tells one from all others.
 //!
 //! A namespace lives as long as something refers to it: a thread, an open file, a
 //! socket. The closure runs on a thread of its own that enters a namespace without
@@ -8,7 +8,11 @@
 //! net/core/net_namespace.c). Nothing is mounted, so nothing can be left behind,
 //! not even by a crash.
 
+use super::packet;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use std::os::fd::AsFd;
 use std::{io, panic, thread};
 
 /// Why there is no private namespace.
@@ -25,6 +29,18 @@ pub enum NetnsError {
     /// No thread to run it on.
     #[error("cannot start a thread for the start-up probes: {0}")]
     Thread(#[source] io::Error),
+}
+
+/// A number of the caller's network namespace that no other has or had since the start of
+/// the host (`SO_NETNS_COOKIE`, net/core/sock.c), where its inode is used again.
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 5.14.
+pub fn cookie() -> Result<u64, Errno> {
+    let any = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut cookie = 0u64;
+    packet::get(any.as_fd(), libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, &mut cookie)?;
+    Ok(cookie)
 }
 
 /// Runs `f` in a new network namespace that holds nothing but a loopback device,

@@ -63,6 +63,7 @@ pub fn stats(time: u64) -> Stats {
             ring_peak: 0.2,
             from_wire: flow(15_308_642, &[("ring_overrun", 7)]),
             to_wire: Sent { out_frames: 2_469_134, out_bytes: 246_913_400 },
+            unsent: 0,
         },
         ports: vec![
             port("tap-web1", "101", "attached"),

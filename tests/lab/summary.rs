@@ -105,6 +105,8 @@ pub struct Summary {
     pub from_wire: Flow,
     /// What left to the wire.
     pub to_wire: Flow,
+    /// What the uplink's device dropped of all it was given.
+    pub unsent: u64,
     /// Ports in the order of the maps.
     pub ports: Vec<Port>,
     /// Ports removed meanwhile, in all, as one.
@@ -127,6 +129,7 @@ impl Summary {
             uplink_state: text(&value["uplink"], "state"),
             from_wire: Flow::read(&value["uplink"]["from_wire"]),
             to_wire: Flow::read(&value["uplink"]["to_wire"]),
+            unsent: value["uplink"]["unsent"].as_u64().unwrap_or_default(),
             ports: ports
                 .map(|port| Port {
                     name: text(port, "name"),

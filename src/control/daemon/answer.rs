@@ -223,6 +223,7 @@ impl Daemon {
 
     fn all_ports(&mut self) -> Vec<api::Port> {
         self.count_overruns();
+        self.count_unsent();
         self.ports.iter().map(|(_, port)| self.show_port(port)).collect()
     }
 
@@ -269,6 +270,7 @@ impl Daemon {
             ring_peak: self.uplink.watched.ring_peak,
             from_wire: self.uplink_flow().into(),
             to_wire: Sent { out_frames: frames, out_bytes: bytes },
+            unsent: self.uplink.unsent.frames(),
         }
     }
 

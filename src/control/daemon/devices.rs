@@ -356,6 +356,7 @@ impl Daemon {
             warn!("uplink {0} is down: `ip link set {0} up`", self.name);
         }
         self.uplink.attached = Some((link.index, counters, found));
+        self.count_unsent();
         self.attach_devices(Vec::new(), devices);
         self.attach_dispatcher(link.index)
     }
@@ -437,6 +438,7 @@ impl Daemon {
         self.workers.publish_uplink(None);
         self.uplink.watched.see_state(DeviceState::Absent);
         self.count_overruns();
+        self.count_unsent();
         if let Some((_, counters, found)) = self.uplink.attached.take() {
             drop(counters);
             self.host.give_uplink_back(&found);

@@ -193,6 +193,7 @@ impl Daemon {
             from_wire: self.workers.uplink_flow().into(),
             ports: ports.collect(),
             removed: self.retired.clone(),
+            unsent: self.uplink.unsent.clone(),
         };
         (last, departed.into_iter().flatten().collect())
     }
@@ -296,7 +297,7 @@ impl Daemon {
     ) -> Result<(), StartError> {
         let Adopted { mut uplink, ports: mut opened } =
             self.adopt_devices(&mut take, descriptors)?;
-        let Last { stopped, next, others, from_wire, ports, removed } = take.finish()?;
+        let Last { stopped, next, others, from_wire, ports, removed, unsent } = take.finish()?;
         self.claim_for_packet_path();
         // Not sooner: the other process changes what its own filter claims, and goes on if
         // this one fails. Both claim the same now.
@@ -307,6 +308,7 @@ impl Daemon {
             seat.uplink.from_wire.restore(&(&from_wire).into());
         }
         self.retired = removed;
+        self.uplink.unsent = unsent;
         let mut positions = HashMap::new();
         for (position, (next, from_guest, to_guest)) in ports.iter().enumerate() {
             positions.insert(position, *next);

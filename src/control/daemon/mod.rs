@@ -33,6 +33,7 @@ use crate::control::record::Record;
 use crate::control::server::{Served, Server, bind_control, bind_metrics_tcp, bind_metrics_unix};
 use crate::control::start_error::StartError;
 use crate::control::store::{Legacy, Store};
+use crate::control::unsent::Unsent;
 use crate::control::{affinity, checks, privileges};
 use crate::dataplane::FlowSnapshot;
 use crate::dataplane::kernel::KernelPath;
@@ -88,6 +89,8 @@ struct Uplink {
     /// Its index, the counters of the workers' sockets, and what to put back.
     attached: Option<(u32, Vec<KernelCounter>, FoundUplink)>,
     watched: Watched,
+    /// What it dropped after it had taken it.
+    unsent: Unsent,
 }
 
 /// The running switch.
@@ -212,7 +215,15 @@ impl Daemon {
             why_packet,
             is_detached: false,
             past: FlowSnapshot::default(),
-            uplink: Uplink { filter, steering, mtu, slots: 0, attached: None, watched },
+            uplink: Uplink {
+                filter,
+                steering,
+                mtu,
+                slots: 0,
+                attached: None,
+                watched,
+                unsent: Unsent::default(),
+            },
             ports,
             claims,
             workers,
@@ -348,6 +359,7 @@ impl Daemon {
     fn end(&mut self) -> String {
         if self.outlives_us() {
             self.keep_record(true);
+            self.count_unsent();
             self.stop();
             let name = &self.name;
             info!(
@@ -357,6 +369,7 @@ impl Daemon {
             return self.report();
         }
         self.count_overruns();
+        self.count_unsent();
         self.stop();
         self.record.remove();
         self.report()

@@ -171,6 +171,15 @@ impl WatchedWorker {
 }
 
 impl Daemon {
+    /// Asks the uplink's device what it has dropped.
+    pub(super) fn count_unsent(&mut self) {
+        let Some((index, ..)) = self.uplink.attached.as_ref() else { return };
+        let index = *index;
+        if let Some((device, queue)) = self.host.unsent(index) {
+            self.uplink.unsent.note(index, device, queue);
+        }
+    }
+
     /// Looks at everything; to be called once a second.
     pub(super) fn tick(&mut self, now: Instant) {
         self.count_overruns();

@@ -48,6 +48,7 @@ fn healthy(map: &str) -> Facts {
         ring_peak: 0.0,
         from_wire: Flow::default(),
         to_wire: Sent::default(),
+        unsent: 0,
     };
     let port = Port {
         name: "t".to_owned(),

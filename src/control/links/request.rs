@@ -239,6 +239,29 @@ impl LinkSocket {
         Ok(found)
     }
 
+    /// How many frames a device's root queueing discipline has dropped, modulo 2^32; none if
+    /// it has no count.
+    ///
+    /// Asks for those of all devices: the answer about one goes to everybody who listens for
+    /// changes (`qdisc_notify`, net/sched/sch_api.c), and before Linux 6.8 to nobody else.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn queue_drops(&mut self, index: u32) -> Result<Option<u32>, LinkError> {
+        let mut found = None;
+        let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
+        self.exchange(request, NLM_F_DUMP, |message| {
+            if message.kind == libc::RTM_NEWQDISC {
+                found = found.or_else(|| wire::queue_drops(message.payload, index));
+            }
+        })
+        .map_err(|failure| LinkError::Socket {
+            operation: "read queueing disciplines' counters",
+            reason: failure.reason,
+        })?;
+        Ok(found)
+    }
+
     /// Compares what the device reports with what it was asked for.
     fn verify(&mut self, index: u32, asked: &LinkSettings) -> Result<(), LinkError> {
         let report = self.report(index)?;

@@ -30,6 +30,10 @@ const ADDRESS_HEADER_LEN: usize = 8;
 const TC_INDEX: Range<usize> = 4..8;
 /// And the handle of the qdisc or filter.
 const TC_HANDLE: Range<usize> = 8..12;
+/// And that of what it is attached to.
+const TC_PARENT: Range<usize> = 12..16;
+/// Bytes of that structure.
+const TC_HEADER_LEN: usize = 20;
 /// Bytes of an attribute's length and type (`struct nlattr`).
 const ATTRIBUTE_HEADER_LEN: usize = 4;
 /// In an `IFLA_AF_SPEC`, the attribute of `AF_INET6` that holds how IPv6
@@ -219,6 +223,23 @@ pub(super) fn dropped(payload: &[u8]) -> Option<(u32, u64)> {
     let stats = attribute(payload.get(LINK_HEADER_LEN..)?, libc::IFLA_STATS64)?;
     let count = stats.get(TX_DROPPED * 8..)?.first_chunk()?;
     Some((link_index(payload)?, u64::from_ne_bytes(*count)))
+}
+
+/// How many frames a device's root queueing discipline and all below it have dropped, modulo
+/// 2^32: `drops` of `struct gnet_stats_queue` (include/uapi/linux/gen_stats.h), from an
+/// `RTM_NEWQDISC`. None if that is about another one.
+pub(super) fn queue_drops(payload: &[u8], device: u32) -> Option<u32> {
+    const TCA_STATS2: u16 = 7;
+    const TCA_STATS_QUEUE: u16 = 3;
+    const DROPS: usize = 8;
+    const ROOT: u32 = u32::MAX;
+    let field = |at: Range<usize>| number(payload.get(at)?);
+    if field(TC_INDEX)? != device || field(TC_PARENT)? != ROOT {
+        return None;
+    }
+    let stats = attribute(payload.get(TC_HEADER_LEN..)?, TCA_STATS2)?;
+    let count = attribute(stats, TCA_STATS_QUEUE)?.get(DROPS..)?.first_chunk()?;
+    Some(u32::from_ne_bytes(*count))
 }
 
 fn vlan_device(attributes: &[u8]) -> Option<VlanDevice> {

@@ -61,6 +61,7 @@ fn stats(second: u64) -> Stats {
             ring_peak: 0.0,
             from_wire,
             to_wire: Sent { out_frames: second * 1_000_000, out_bytes: second * 125_000_000 },
+            unsent: 0,
         },
         ports,
         removed: None,
