@@ -2,7 +2,9 @@
 //!
 //! Before it libc is asked (NSS), which may load modules and talk to servers, LDAP say:
 //! none of that is possible inside, where the names found before still count, and
-//! otherwise /etc/passwd and /etc/group. A number always works.
+//! otherwise /etc/passwd and /etc/group. A number always works. A program that is linked
+//! statically cannot load glibc's modules (it crashes in some that are usual, systemd's for
+//! one), so it reads the files from the start.
 
 use nix::unistd::{Group, User};
 use std::collections::BTreeMap;
@@ -32,7 +34,7 @@ fn known() -> MutexGuard<'static, Known> {
 
 /// The number of a user or group; `None` if there is no such name.
 pub fn id(kind: Kind, name: &str) -> Option<u32> {
-    if !known().confined {
+    if !known().confined && !cfg!(target_feature = "crt-static") {
         let id = match kind {
             Kind::User => User::from_name(name).ok().flatten().map(|user| user.uid.as_raw()),
             Kind::Group => Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw()),

@@ -37,7 +37,7 @@ use crate::sys::bpf::{
     SharedPair, UplinkFilter, detach_tc, is_attached_tc,
 };
 use crate::sys::sandbox::Call;
-use port::{ExpressPath, QueueDrops, snapshot};
+use port::{ExpressPath, QueueDrops, Shape, snapshot};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -385,24 +385,23 @@ impl KernelPath {
         target: Option<Target>,
         in_transition: bool,
     ) -> Result<(), KernelPathError> {
-        let present = target.filter(|target| target.is_up);
-        let mut programs: Vec<(Removal, OwnedFd)> = Vec::new();
+        let way = target.filter(|target| target.is_up).map(|target| {
+            let limit = Some(target.mtu).filter(|mtu| *mtu < UNLIMITED_MTU);
+            (target.index, limit.map(|mtu| mtu + ETHERNET))
+        });
+        let mut programs: Vec<(Shape, OwnedFd)> = Vec::new();
         for (key, removal) in keys(membership) {
-            if !programs.iter().any(|(other, _)| *other == removal) {
-                let limit = present.map(|target| target.mtu).filter(|mtu| *mtu < UNLIMITED_MTU);
-                let program = ToGuest {
-                    pop: removal.pop,
-                    refuse_inner: removal.refuse_inner,
-                    target: present.map(|target| target.index),
-                    limit: limit.map(|mtu| mtu + ETHERNET),
-                    reasons: &REASONS,
-                    records: port.records.as_fd(),
-                    transition: in_transition.then(|| self.records.as_fd()),
+            let shape = Shape { removal, way, in_transition };
+            if !programs.iter().any(|(other, _)| *other == shape) {
+                // What the verifier has taken it takes again, but not for nothing.
+                let same = port.programs.iter().position(|(other, _)| *other == shape);
+                let program = match same {
+                    Some(same) => port.programs.swap_remove(same).1,
+                    None => self.to_guest(port.records.as_fd(), shape)?,
                 };
-                let program = bpf::load(ProgramKind::SchedCls, TO_GUEST_NAME, &program.program()?)?;
-                programs.push((removal, program));
+                programs.push((shape, program));
             }
-            let program = programs.iter().find(|(other, _)| *other == removal);
+            let program = programs.iter().find(|(other, _)| *other == shape);
             if let Some((_, program)) = program {
                 self.lead(key, program.as_fd())?;
                 self.owners.insert(key, port.number);
@@ -415,6 +414,19 @@ impl KernelPath {
         }
         port.target = target;
         Ok(())
+    }
+
+    fn to_guest(&self, records: BorrowedFd<'_>, shape: Shape) -> Result<OwnedFd, KernelPathError> {
+        let program = ToGuest {
+            pop: shape.removal.pop,
+            refuse_inner: shape.removal.refuse_inner,
+            target: shape.way.map(|(index, _)| index),
+            limit: shape.way.and_then(|(_, limit)| limit),
+            reasons: &REASONS,
+            records,
+            transition: shape.in_transition.then(|| self.records.as_fd()),
+        };
+        Ok(bpf::load(ProgramKind::SchedCls, TO_GUEST_NAME, &program.program()?)?)
     }
 
     /// Makes the VLANs of the port of this number the packet path's.

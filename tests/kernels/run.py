@@ -5,8 +5,7 @@
     tests/kernels/run.py --compare [VERSION...]
     tests/kernels/run.py --document
 
-The product and the test programs are built for once, statically, and every kernel gets the
-same ones. A test is what it is on the machine's own kernel: it compares frames byte by byte,
+Every kernel gets the same programs: the product built statically, the tests as they are. A test is what it is on the machine's own kernel: it compares frames byte by byte,
 so that what passes here and there came out the same. `scripts/test-kernels` installs first
 what this needs.
 """
@@ -43,25 +42,14 @@ SCALE = "128"
 PATIENCE = 300.0
 
 
-def build(names):
-    """Builds the product and these tests statically; returns the paths of programs by name."""
-    words = ["cargo", "test", "--locked", "--no-run", "--target", TARGET, "--target-dir", FOLDER / "build"]
-    for name in names:
-        # The product's binaries are built along with them.
-        words += ["--test", name]
-    environment = {
-        **os.environ,
-        "CARGO_ENCODED_RUSTFLAGS": "-Ctarget-feature=+crt-static",
-        # Optimised a little and without debug information: an emulated processor runs it.
-        "CARGO_PROFILE_DEV_OPT_LEVEL": "1", "CARGO_PROFILE_DEV_DEBUG": "0", "CARGO_PROFILE_DEV_STRIP": "true",
-        "CARGO_INCREMENTAL": "0",
-    }
+def cargo(*words, **environment):
+    """Builds; returns the paths of programs, by kind and name."""
     done = subprocess.run(
-        [*words, "--message-format", "json-render-diagnostics"], cwd=image.ROOT, env=environment,
-        stdout=subprocess.PIPE, check=False,
+        ["cargo", *words, "--locked", "--message-format", "json-render-diagnostics"], cwd=image.ROOT,
+        env={**os.environ, **environment}, stdout=subprocess.PIPE, check=False,
     )
     if done.returncode:
-        sys.exit("cannot build the test programs")
+        sys.exit("cannot build what is to be tested")
     programs = {}
     for line in done.stdout.splitlines():
         message = json.loads(line)
@@ -69,6 +57,33 @@ def build(names):
             kind = "bin" if not message["profile"]["test"] else "test"
             programs[kind, message["target"]["name"]] = pathlib.Path(message["executable"])
     return programs
+
+
+def product():
+    """Builds the product as it is installed on a host of any distribution: statically."""
+    return cargo(
+        "build", "--bins", "--release", "--target", TARGET, "--target-dir", FOLDER / "build",
+        CARGO_ENCODED_RUSTFLAGS="-Ctarget-feature=+crt-static", CARGO_PROFILE_RELEASE_STRIP="true",
+        CARGO_PROFILE_RELEASE_DEBUG="0", CARGO_PROFILE_RELEASE_LTO="off", CARGO_PROFILE_RELEASE_CODEGEN_UNITS="16",
+    )
+
+
+def build(names):
+    """Builds these tests, as ever, and the product they are to find in its usual place.
+
+    Returns what to bring along: sources by name, and the tests' names.
+    """
+    static = product()
+    # The product's binaries are built along with them, and these stand in for them.
+    made = cargo("test", "--no-run", *(word for name in names for word in ("--test", name)))
+    files = {str(path): static[kind, name] for (kind, name), path in made.items() if kind == "bin"}
+    folder = FOLDER / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        # Debug information is most of them, and an emulated machine has to load it.
+        subprocess.run(["strip", "--strip-debug", "-o", folder / name, made["test", name]], check=True)
+        files[f"/tests/{name}"] = folder / name
+    return files
 
 
 class Results:
@@ -122,20 +137,17 @@ def load(version):
     return results
 
 
-def run_kernel(version, programs, datapaths, only, patience):
+def run_kernel(version, files, datapaths, only, patience):
     results = Results(version)
     machine = Machine(version)
     script = ["cd /tmp", "export RUST_BACKTRACE=0 VLANSWITCHD_TEST_SCALE=" + SCALE]
-    for (kind, name), path in programs.items():
-        if kind == "bin":
-            # Where the tests look for it.
-            machine.add(path, str(path))
+    for name, source in files.items():
+        machine.add(source, name)
     plan = [(name, "packet") for name in SYSTEM] + [(name, path) for path in datapaths for name in FORWARDING]
     for name, datapath in plan:
         words = [word.partition(":")[2] for word in only if word.partition(":")[0] == name]
         if only and not words:
             continue
-        machine.add(programs["test", name], f"/tests/{name}")
         filters = " ".join([word for word in words if word] or PARTS.get(name, []))
         # What was found is to be seen of a test that passes, too.
         show = "--show-output" if name == "features" else ""
@@ -172,9 +184,9 @@ def main():
         return 0
     only = [word for word in options.only.split(",") if word]
     chosen = [name for name in SYSTEM + FORWARDING if not only or name in {word.partition(":")[0] for word in only}]
-    programs = build(chosen)
+    files = build(chosen)
     every = [
-        run_kernel(version, programs, options.datapath.split(","), only, options.patience)
+        run_kernel(version, files, options.datapath.split(","), only, options.patience)
         for version in options.versions or kernels.SUITES
     ]
     for results in every:

@@ -73,8 +73,10 @@ const EXAMINED: Token = Token(2);
 const SERVER: usize = 3;
 /// Calls answered and connections taken before signals and devices have their turn again.
 const CALLS_PER_TURN: usize = 16;
-/// Between two seals moved: each holds the kernel's device lock for a while.
-const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
+/// Seals moved at once, as what the kernel tells of all of them is looked at once.
+const SETTLED_AT_ONCE: usize = 4;
+/// Until the next ones: each holds the kernel's device lock for a while.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a service manager may take to close what was in its store.
 const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -407,10 +409,11 @@ impl Daemon {
                 self.keep_record(false);
                 next_tick = now + TICK;
             }
-            if events.is_empty()
-                && let Some(index) = self.unsettled.pop()
-            {
-                self.settle(index);
+            if events.is_empty() {
+                let rest = self.unsettled.len().saturating_sub(SETTLED_AT_ONCE);
+                for index in self.unsettled.split_off(rest) {
+                    self.settle(index);
+                }
             }
             for event in &events {
                 match event.token() {

@@ -6,12 +6,13 @@
 //! after that is the operator's choice.
 
 use super::client::{Connection, Protocol};
+use crate::control::accounts::{self, Kind};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{Gid, Group, chown};
+use nix::unistd::{Gid, chown};
 use std::collections::HashMap;
 use std::fmt;
 use std::fs;
@@ -171,7 +172,7 @@ fn bind_anew(option: &'static str, path: &Path, mode: u32) -> Result<UnixListene
     };
     // Where there is no such group it is root's, not that of --user: others may be in
     // that. Without the right to give it away it stays ours.
-    let group = Group::from_name(GROUP).ok().flatten().map_or(Gid::from_raw(0), |group| group.gid);
+    let group = Gid::from_raw(accounts::id(Kind::Group, GROUP).unwrap_or(0));
     let _ = chown(path, None, Some(group));
     Ok(socket)
 }

@@ -21,7 +21,7 @@ pub struct PortPath {
     pub(super) pin: Option<PathBuf>,
     pub(super) target: Option<Target>,
     /// Programs that entries lead to.
-    pub(super) programs: Vec<(Removal, OwnedFd)>,
+    pub(super) programs: Vec<(Shape, OwnedFd)>,
     /// Drops the kernel counted at the device's queue, and those of them that were for a
     /// guest that was not there.
     pub(super) queue: QueueDrops,
@@ -33,6 +33,15 @@ pub struct PortPath {
     pub(super) unable: u64,
     /// What is at its device's XDP hook.
     pub(super) express: Option<ExpressPath>,
+}
+
+/// What a port's program toward its guest was made of, beside what is always the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) removal: Removal,
+    /// The device's index, if it is there and up, and the longest frame it sends.
+    pub(super) way: Option<(u32, Option<u32>)>,
+    pub(super) in_transition: bool,
 }
 
 /// A program at a device's XDP hook.

@@ -39,6 +39,9 @@ impl Daemon {
             }
         };
         self.count_queues();
+        // A frame that was there before the filters has no decision of theirs: a program in
+        // transition would read that of an earlier one.
+        wait_for_receptions();
         let mut switches = Vec::with_capacity(opened.len());
         for (position, link, device, switch) in opened {
             self.begin_transition(position, Some(link.index));
