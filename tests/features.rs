@@ -17,7 +17,7 @@ mod lab;
 use lab::frames::{Frame, tag};
 use lab::ip::{self, Version, Vnet};
 use lab::raw::{OFFLOAD_TCP, OFFLOAD_USO, PacketSocket, index_of, open_tap};
-use lab::{Lab, Namespace, RawGuest};
+use lab::{Lab, Namespace, RawGuest, eventually};
 use serde_json::Value;
 use std::process::Command;
 use tempfile::TempDir;
@@ -85,20 +85,35 @@ fn group_ignores_outgoing(host: &Namespace, device: &str) -> bool {
     member.receive().unwrap().is_none()
 }
 
-/// The status as the daemon tells it that chose its datapath.
-fn status_of_daemon(lab: &Lab) -> Value {
+fn ask(socket: &str, words: &[&str]) -> Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vlanswitchctl"));
+    let output = command.args(["--socket", socket]).args(words).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The status as the daemon tells it that chose its datapath, and whether it sends by XDP
+/// what comes from a guest without offloads, where the uplink's driver can.
+fn status_of_daemon(lab: &Lab) -> (Value, bool) {
     let folder = TempDir::new().unwrap();
     let socket = folder.path().join("control");
     let socket = socket.to_str().unwrap();
-    let daemon = lab.daemon(&["--control", socket, "--datapath", "auto", "--map", "101=t2"]);
-    let output = Command::new(env!("CARGO_BIN_EXE_vlanswitchctl"))
-        .args(["--socket", socket, "status", "--json"])
-        .output()
-        .unwrap();
+    // A veth takes what XDP redirects to it when its other end polls.
+    lab.far.tool("ethtool", "-K far0 gro on");
+    let maps = ["--map", "101=t2", "--map", "102=t3,offload=off"];
+    let arguments = ["--control", socket, "--datapath", "auto"];
+    let daemon = lab.daemon(&[&arguments[..], &maps[..]].concat());
+    let _guest = lab.raw_guest("t3");
+    daemon.attached(&["t3"]);
+    let xdp = eventually("it has tried XDP", || {
+        let port = ask(socket, &["port", "show", "t3", "--json"]);
+        let reason = port["port"]["datapath_reason"].as_str()?.to_owned();
+        let known = [("XDP sends", true), ("this kernel does not tell", false)];
+        known.into_iter().find(|(words, _)| reason.contains(words)).map(|(_, found)| found)
+    });
+    let status = ask(socket, &["status", "--json"])["status"].clone();
     daemon.stop();
-    assert!(output.status.success(), "{output:?}");
-    let reply: Value = serde_json::from_slice(&output.stdout).unwrap();
-    reply["status"].clone()
+    (status, xdp)
 }
 
 /// One test, so that what was found is together.
@@ -137,7 +152,8 @@ fn the_daemon_knows_what_this_kernel_lacks() {
     let ignores = group_ignores_outgoing(&lab.host, "t0");
     fallback(found.yes_or_no("fanout-ignore-outgoing", ignores), "own_frames_filter");
 
-    let status = status_of_daemon(&lab);
+    let (status, xdp) = status_of_daemon(&lab);
+    found.yes_or_no("xdp-redirect", xdp);
     let reason = status["datapath_reason"].as_str().map(|reason| format!(" ({reason})"));
     let datapath = status["datapath"].as_str().unwrap();
     found.0.push(("datapath-auto", format!("{datapath}{}", reason.unwrap_or_default())));

@@ -26,6 +26,10 @@ FEATURES = {
         "a group of packet sockets is spared what the host sends", "start-up probe, by sending a frame",
         "the socket filter refuses it: some instructions for each frame the host sends",
     ),
+    "xdp-redirect": (
+        "the kernel tells what drivers take by XDP, so `offload=off` is served by it", "by netlink, once a second",
+        "the kernel path as without the option",
+    ),
     "datapath-auto": ("datapath that `auto` takes", "at start, by loading the programs", "packet path"),
 }
 
