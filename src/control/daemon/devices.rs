@@ -192,7 +192,7 @@ impl Daemon {
         let found = self.host.prepare_port(&link, created, sealing)?;
         if found.is_none() {
             // Not those to be given back: that would take as long again when stopping.
-            self.unsettled.push(link.index);
+            self.unsettled.add(link.index);
         }
         if let Some(port) = self.ports.get_mut(position) {
             // Held here from now on, so that it is given back whatever happens next.
@@ -296,7 +296,9 @@ impl Daemon {
         if let Some(path) = self.ports.get_mut(position).and_then(|port| port.path.as_mut()) {
             path.leave_express();
         }
-        self.unsettled.retain(|unsettled| Some(*unsettled) != attached.index);
+        if let Some(index) = attached.index {
+            self.unsettled.forget(index);
+        }
         if let Some(index) = attached.index
             && self.uncleared.contains(&index)
         {

@@ -237,8 +237,14 @@ impl Daemon {
         }
     }
 
-    /// Moves a device's seal to where it costs least.
-    pub(super) fn settle(&mut self, index: u32) {
+    /// Moves some devices' seals to where they cost least.
+    pub(super) fn settle_some(&mut self) {
+        for index in self.unsettled.take() {
+            self.settle(index);
+        }
+    }
+
+    fn settle(&mut self, index: u32) {
         let port = self.ports.by_index(index);
         let sending = port.is_some_and(|(_, port)| port.shared.link.is_up());
         if self.host.settle_seal(index, sending) {

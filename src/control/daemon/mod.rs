@@ -18,6 +18,7 @@ mod leftovers;
 mod paths;
 mod ports;
 mod scraped;
+mod settling;
 mod stuck;
 mod watch;
 mod workers;
@@ -55,6 +56,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{UnixAddr, getsockname};
 use ports::{Leaving, Ports};
 use scraped::Scraped;
+use settling::Settling;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::ControlFlow;
@@ -73,10 +75,6 @@ const EXAMINED: Token = Token(2);
 const SERVER: usize = 3;
 /// Calls answered and connections taken before signals and devices have their turn again.
 const CALLS_PER_TURN: usize = 16;
-/// Seals moved at once, as what the kernel tells of all of them is looked at once.
-const SETTLED_AT_ONCE: usize = 4;
-/// Until the next ones: each holds the kernel's device lock for a while.
-const SETTLE_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a service manager may take to close what was in its store.
 const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -125,7 +123,7 @@ pub struct Daemon {
     /// Taps this run created: removed if it does not get as far as forwarding.
     created: Vec<CreatedTap>,
     /// Devices whose seal has not been moved to where it costs least.
-    unsettled: Vec<u32>,
+    unsettled: Settling,
     /// The port whose seal is looked at next.
     seals_seen: PortIndex,
     /// Devices with something left of that, to be cleared up when their guest is gone.
@@ -233,7 +231,7 @@ impl Daemon {
             retired: None,
             leaving: Vec::new(),
             created: Vec::new(),
-            unsettled: Vec::new(),
+            unsettled: Settling::default(),
             seals_seen: 0,
             uncleared: Vec::new(),
             poll,
@@ -410,10 +408,7 @@ impl Daemon {
                 next_tick = now + TICK;
             }
             if events.is_empty() {
-                let rest = self.unsettled.len().saturating_sub(SETTLED_AT_ONCE);
-                for index in self.unsettled.split_off(rest) {
-                    self.settle(index);
-                }
+                self.settle_some();
             }
             for event in &events {
                 match event.token() {
@@ -440,7 +435,7 @@ impl Daemon {
         }
         let deadline = self.server.deadline().map_or(next_tick, |due| due.min(next_tick));
         let wait = deadline.saturating_duration_since(Instant::now());
-        if self.unsettled.is_empty() { wait } else { wait.min(SETTLE_INTERVAL) }
+        self.unsettled.interval().map_or(wait, |interval| wait.min(interval))
     }
 
     fn answer_signals(&mut self, show: &mut impl FnMut(&str)) -> ControlFlow<()> {

@@ -9,6 +9,7 @@ use crate::control::api::EventKind;
 use crate::dataplane::{FlowSnapshot, WorkerShared};
 use crate::port::DeviceState;
 use crate::switch::DropReason;
+use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Between two ticks.
@@ -185,19 +186,25 @@ impl Daemon {
         self.count_overruns();
         let time = wall_clock();
         let mut lines = Vec::new();
+        let mut busy = HashSet::new();
         for (_, port) in self.ports.iter_mut() {
             let (from, to) = port.flows_since(now);
+            let attached = port.index();
             let shared = &port.shared;
             let watched = &mut port.watched;
             watched.see_state(shared.link.state());
             watched.ring_peak = f64::from(shared.ring_peak.take()) / 1000.0;
             watched.see_frames(from.in_frames + to.in_frames);
+            if watched.frames > 0 && !self.unsettled.is_empty() {
+                busy.extend(attached);
+            }
             let mut overload = watched.incoming.look(&from, time);
             overload += watched.outgoing.look(&to, time);
             if let Some(frames) = watched.see_overload(overload, now) {
                 lines.push((port.config.device.clone(), frames));
             }
         }
+        self.unsettled.prefer(&busy);
         let flow = self.uplink_flow_since(now);
         let watched = &mut self.uplink.watched;
         watched.see_state(self.workers.uplink_state());
