@@ -34,7 +34,7 @@ use crate::sys::bpf::path::{
 };
 use crate::sys::bpf::{
     self, AssemblyError, BpfError, Direction, PinnedXdp, ProgramArray, ProgramKind, Records,
-    SharedPair, UplinkFilter, detach_tc, is_attached_tc,
+    SharedPair, UplinkFilter, detach_tc, detach_tc_leaving_qdisc, is_attached_tc,
 };
 use crate::sys::sandbox::Call;
 use port::{ExpressPath, QueueDrops, Shape, snapshot};
@@ -590,7 +590,21 @@ pub fn remove(place: Option<&Path>, uplink: Option<u32>) -> Result<Vec<String>, 
     if let Some(uplink) = uplink {
         detach_tc(DISPATCHER_NAME, uplink, Direction::Ingress)?;
     }
-    let Some(place) = place else { return Ok(Vec::new()) };
+    Ok(remove_pins(place))
+}
+
+/// Removes the dispatcher from an uplink on which frames are sent. Returns whether a qdisc
+/// made for it is left, to be removed when none are.
+///
+/// # Errors
+/// [`BpfError`].
+pub fn remove_dispatcher(uplink: u32) -> Result<bool, BpfError> {
+    detach_tc_leaving_qdisc(DISPATCHER_NAME, uplink, Direction::Ingress)
+}
+
+/// Ends what the pins keep. Returns the devices that had a part.
+pub fn remove_pins(place: Option<&Path>) -> Vec<String> {
+    let Some(place) = place else { return Vec::new() };
     let names = names_in(place);
     for name in &names {
         unpin(&place.join(name));
@@ -598,7 +612,7 @@ pub fn remove(place: Option<&Path>, uplink: Option<u32>) -> Result<Vec<String>, 
     // Not if there is something else.
     let _ = fs::remove_dir(place);
     let ports = names.iter().filter_map(|name| name.strip_prefix(PORT_PREFIX));
-    Ok(ports.map(device_name).collect())
+    ports.map(device_name).collect()
 }
 
 fn names_in(place: &Path) -> Vec<String> {

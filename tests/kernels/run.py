@@ -37,7 +37,7 @@ PARTS = {
     "kernel_path": ["frames_flow_whatever", "changes_its_path", "cannot_serve", "both_paths_do", "full_queue", "guest_without_offloads"],
 }
 # How much less there is to transfer than on a real processor.
-SCALE = "128"
+SCALE = "512"
 # A kernel's run may take five minutes, and no more.
 PATIENCE = 300.0
 
@@ -153,7 +153,7 @@ def run_kernel(version, files, datapaths, only, patience):
         show = "--show-output" if name == "features" else ""
         script += [
             f"echo kernels: {name} {datapath}",
-            f"VLANSWITCHD_DATAPATH={datapath} /tests/{name} --include-ignored --test-threads=2 {show} {filters}",
+            f"VLANSWITCHD_DATAPATH={datapath} /tests/{name} --include-ignored --test-threads=4 {show} {filters}",
             'echo "kernels: status $?"',
         ]
     code = machine.run("\n".join(script), patience, results.read)

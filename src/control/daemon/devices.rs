@@ -4,7 +4,7 @@
 use super::ports::Attached;
 use super::{Daemon, Uplink};
 use crate::control::checks;
-use crate::control::host::{FoundPort, Sealing};
+use crate::control::host::{FoundPort, FoundUplink, Sealing};
 use crate::control::links::LinkState;
 use crate::control::mapping::DeviceKind;
 use crate::control::parallel::{beside, in_parallel};
@@ -441,9 +441,9 @@ impl Daemon {
         self.uplink.watched.see_state(DeviceState::Absent);
         self.count_overruns();
         self.count_unsent();
-        if let Some((_, counters, found)) = self.uplink.attached.take() {
+        if let Some((index, counters, found)) = self.uplink.attached.take() {
             drop(counters);
-            self.host.give_uplink_back(&found);
+            self.give_uplink_back(index, &found);
         }
         self.follow_uplink();
     }
@@ -498,16 +498,24 @@ impl Daemon {
         let ports = self.ports.iter_mut().filter(|(_, port)| !(goes_on && port.in_kernel));
         let ports: Vec<FoundPort> =
             ports.filter_map(|(_, port)| port.attached.take()?.found).collect();
-        let uplink = self.uplink.attached.take_if(|_| !goes_on).map(|(_, _, found)| found);
+        let uplink = self.uplink.attached.take_if(|_| !goes_on);
         let devices = departed.into_iter().flatten().filter_map(|departed| departed.device);
         let parts = devices.flat_map(|device| device.into_parts());
         in_parallel(parts.collect(), drop::<DevicePart>);
         for found in ports {
             self.host.give_port_back(&found);
         }
-        if let Some(found) = uplink {
-            self.host.give_uplink_back(&found);
+        if let Some((index, _, found)) = uplink {
+            self.give_uplink_back(index, &found);
         }
+    }
+
+    fn give_uplink_back(&mut self, index: u32, found: &FoundUplink) {
+        if self.uncleared.contains(&index) {
+            self.uncleared.retain(|uncleared| *uncleared != index);
+            self.host.clear_up(index);
+        }
+        self.host.give_uplink_back(found);
     }
 
     /// Whether this run created a tap; it is not to be removed from now on.

@@ -329,7 +329,10 @@ impl Daemon {
         match &mut self.kernel {
             Some(kernel) => kernel.attach(index, &self.uplink.filter)?,
             None if kernel::is_there(index) => {
-                kernel::remove(Some(&pin_folder(&self.name)), Some(index))?;
+                if kernel::remove_dispatcher(index).map_err(KernelPathError::from)? {
+                    self.uncleared.push(index);
+                }
+                kernel::remove_pins(Some(&pin_folder(&self.name)));
             }
             None => {}
         }
@@ -553,7 +556,7 @@ impl Daemon {
     }
 
     /// Takes the kernel path off the uplink and the ports: who serves them next finds none
-    /// of it. What guests send is dropped from then on.
+    /// of it. What guests send is dropped from then on, by the kernel path.
     pub(super) fn take_kernel_path_away(&mut self) {
         if self.kernel.is_none() {
             return;
@@ -568,9 +571,10 @@ impl Daemon {
             path.leave_express();
         }
         let place = self.kernel.take().and_then(|kernel| kernel.place().map(Path::to_owned));
-        if let Err(error) = kernel::remove(place.as_deref(), uplink) {
-            warn!("the kernel path may still be there: {error}");
+        if let Some(uplink) = uplink {
+            self.take_dispatcher_away(uplink);
         }
+        kernel::remove_pins(place.as_deref());
         let indexes: Vec<u32> = self.ports.iter().filter_map(|(_, port)| port.index()).collect();
         for index in indexes {
             if let Err(error) = self.host.replace_guard(index, None)
@@ -578,6 +582,16 @@ impl Daemon {
             {
                 warn!("{error}");
             }
+        }
+    }
+
+    /// Takes the dispatcher off the uplink. A qdisc that is left is removed when the uplink is
+    /// given back: others may be sending.
+    fn take_dispatcher_away(&mut self, uplink: u32) {
+        match kernel::remove_dispatcher(uplink) {
+            Ok(true) => self.uncleared.push(uplink),
+            Ok(false) => {}
+            Err(error) => warn!("the kernel path may still be there: {error}"),
         }
     }
 

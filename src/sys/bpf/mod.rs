@@ -54,8 +54,8 @@ pub use programs::{
 pub use steering::Steering;
 pub use syscall::{BpfError, CALLS, PATH_CALLS, ProgramKind, load};
 pub use tc::{
-    Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc, is_attached_tc,
-    move_to_tcx, move_to_tcx_leaving_qdisc,
+    Attached, Direction, Method, attach_beside_qdiscs, attach_tc, detach_tc,
+    detach_tc_leaving_qdisc, is_attached_tc, move_to_tcx, move_to_tcx_leaving_qdisc,
 };
 pub use xdp::{PinnedXdp, XdpMode, attach_xdp};
 

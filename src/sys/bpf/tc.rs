@@ -159,9 +159,28 @@ pub fn move_to_tcx_leaving_qdisc(
 /// The kernel refused.
 pub fn detach_tc(name: &str, device: u32, direction: Direction) -> Result<bool, BpfError> {
     let by_clsact = clsact::detach(name, device, direction)?;
+    Ok(detach_by_tcx(name, device, direction)? || by_clsact)
+}
+
+/// The same, without losing a frame that is sent to the device. Returns whether a qdisc of
+/// ours is left, to be removed by [`remove_empty_qdisc`](clsact::remove_empty_qdisc) when
+/// nothing is sent.
+///
+/// # Errors
+/// The kernel refused.
+pub fn detach_tc_leaving_qdisc(
+    name: &str,
+    device: u32,
+    direction: Direction,
+) -> Result<bool, BpfError> {
+    let detached = clsact::detach_filter(name, device, direction, Qdisc::Leave)?;
+    detach_by_tcx(name, device, direction)?;
+    Ok(detached == Detached::AllButQdisc)
+}
+
+fn detach_by_tcx(name: &str, device: u32, direction: Direction) -> Result<bool, BpfError> {
     match tcx::detach(name, device, direction) {
-        Ok(by_tcx) => Ok(by_clsact || by_tcx),
-        Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => Ok(by_clsact),
-        Err(error) => Err(error),
+        Err(BpfError::Unsupported { .. } | BpfError::Unidentified { .. }) => Ok(false),
+        result => result,
     }
 }
