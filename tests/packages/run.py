@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The Debian package in fresh Debian roots: installed, started, upgraded, purged.
+"""The packages in fresh Debian roots: installed, started, upgraded, purged.
 
-    tests/packages/run.py OLD.deb NEW.deb ROOT NEW.rpm
+    tests/packages/run.py OLD.deb NEW.deb ROOT OLD.rpm NEW.rpm
 
-The RPM package is compared with the Debian one, and not installed. ROOT is what debootstrap made; it is not changed: each part has an overlay on it, and a
-systemd of its own in namespaces, or none. Prints a line a check and at the end
-`packages: N passed, N failed`. scripts/test-packages makes all of it.
+The RPM packages are compared with the Debian ones, and installed in the same root by rpm, whose
+order of scripts is another. ROOT is what debootstrap made; it is not changed: each part has an
+overlay on it, and a systemd of its own in namespaces, or none. Prints a line a check and at the
+end `packages: N passed, N failed`. scripts/test-packages makes all of it.
 """
 
 import json
@@ -16,7 +17,7 @@ import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-OLD, NEW, ROOT, RPM = (os.path.abspath(argument) for argument in sys.argv[1:5])
+OLD, NEW, ROOT, RPM, NEWER_RPM = (os.path.abspath(argument) for argument in sys.argv[1:6])
 UNITS = ["vlanswitchd", "vlanswitchd@eth1", "vlanswitchd-found", "vlanswitchd-found@eth1"]
 CONFIGURATION = '[uplink]\ndevice = "eth0"\n[[port]]\nvlan = 101\ndevice = "tap-web1"\n[[port]]\nvlan = 102\ndevice = "web2"\n'
 
@@ -122,6 +123,14 @@ class Machine:
         with open(package, "rb") as file:
             self.run("cat > /tmp/package.deb", file.read())
         return self.run("dpkg --install /tmp/package.deb")
+
+    def rpm(self, words, package=None):
+        """Debian's own rpm; what the package requires has other names here."""
+        if package:
+            with open(package, "rb") as file:
+                self.run("cat > /tmp/package.rpm", file.read())
+            words += " /tmp/package.rpm"
+        return self.run(f"rpm --force-debian --nodeps {words}")
 
     def files(self):
         """Every file with what it is, but for logs and what dpkg writes down."""
@@ -320,6 +329,45 @@ def rpm():
     check("a shell can read them", done.returncode == 0, done.stderr)
 
 
+def by_rpm():
+    print("the RPM package under systemd:", flush=True)
+    with Machine("systemd") as machine:
+        machine.run("ip link add eth0 type veth peer name far0; ip link add web2 type veth peer name guest2")
+        for device in ("eth0", "far0", "web2", "guest2"):
+            machine.run(f"ip link set {device} up")
+        machine.run("udevadm settle")
+        # Its database is made by the first call.
+        machine.rpm("--initdb")
+        before = machine.files()
+        done = machine.rpm("--install", RPM)
+        check("it installs", done.ok and "warning" not in done.all and "rror" not in done.all, done.all)
+        check("it is not started", machine.property("ActiveState") == "inactive")
+        done = machine.run("stat -c '%a %U %G' /etc/vlanswitchd")
+        check("the group may write the configuration", done.out == "775 root vlanswitchd\n", done.all)
+        machine.write("/etc/vlanswitchd/vlanswitchd.toml", CONFIGURATION)
+        done = machine.run("systemctl enable --now vlanswitchd")
+        check("it starts", done.ok, machine.run("journalctl --no-pager -u vlanswitchd").out)
+        traffic = Traffic(machine, "far0", 102, "guest2")
+        first = machine.property("MainPID")
+        done = machine.rpm("--upgrade", NEWER_RPM)
+        check("it is upgraded", done.ok, done.all)
+        check("another process goes on", machine.property("MainPID") != first and machine.property("ActiveState") == "active", machine.run("journalctl --no-pager -u vlanswitchd").out)
+        check("the configuration is as it was written", CONFIGURATION == machine.run("cat /etc/vlanswitchd/vlanswitchd.toml").out)
+        result = traffic.end()
+        check(f"no frame was lost: {result}", whole(result), machine.run("journalctl --no-pager -u vlanswitchd").out)
+        check("no start was a cold one", "NRestarts=0" in machine.run("systemctl show vlanswitchd").out)
+        done = machine.rpm("--erase vlanswitchd")
+        check("it is removed", done.ok, done.all)
+        check("no process is left", not machine.run("pidof vlanswitchd").ok)
+        check("its tap is gone", not machine.run("ip link show tap-web1").ok)
+        # As usual there: the user stays, and what was written into the configuration.
+        kept = {"./etc/vlanswitchd", "./etc/vlanswitchd/vlanswitchd.toml.rpmsave"}
+        left = {line for line in machine.files() ^ before if not line.startswith("./var/lib/rpm") and line.split()[0] not in kept}
+        accounts = {line for line in left if line.startswith("./etc/") and line.split()[0] in ("./etc/passwd", "./etc/group", "./etc/shadow", "./etc/gshadow", "./etc/subuid", "./etc/subgid")}
+        left -= accounts
+        check("files are as before", not left, "\n".join(sorted(left)))
+
+
 def by_the_packet_path():
     with_systemd("packet")
 
@@ -328,7 +376,7 @@ def by_the_kernel_path():
     with_systemd("auto")
 
 
-for part in (rpm, without_systemd, by_the_packet_path, by_the_kernel_path):
+for part in (rpm, by_rpm, without_systemd, by_the_packet_path, by_the_kernel_path):
     try:
         part()
     except (TimeoutError, subprocess.SubprocessError, RuntimeError, OSError) as error:

@@ -22,6 +22,8 @@ import image
 # Side by side, about equally long. What libvirtd does is one process's.
 HALVES = (("case_nics",), ("case_macvtap", "case_libvirt", "case_taps", "case_messages"))
 CASES = tuple(name for half in HALVES for name in half)
+# The guests' initrd is made: said by this program to itself.
+PREPARED = "--prepared"
 END = re.compile(r"guests: (\d+) passed, (\d+) failed, (\d+) skipped$")
 
 
@@ -85,7 +87,7 @@ def run_halves():
     counts, lock = [], threading.Lock()
 
     def follow(half):
-        command = [sys.executable, "-B", __file__, *(f"{name}." for name in half)]
+        command = [sys.executable, "-B", __file__, PREPARED, *(f"{name}." for name in half)]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout:
                 with lock:
@@ -110,7 +112,7 @@ def run_halves():
 def main():
     loader = unittest.TestLoader()
     every = list(tests(loader.loadTestsFromNames(CASES)))
-    words = [word for word in sys.argv[1:] if word != "--list"]
+    words = [word for word in sys.argv[1:] if word not in ("--list", PREPARED)]
     chosen = [test for test in every if not words or any(word in test.id() for word in words)]
     if not chosen:
         print(f"no test is called like {' '.join(words)}")
@@ -118,7 +120,8 @@ def main():
     if "--list" in sys.argv[1:]:
         print("\n".join(test.id() for test in chosen))
         return 0
-    image.initrd()
+    if PREPARED not in sys.argv[1:]:
+        image.initrd()
     if not words:
         return run_halves()
     begin, result = time.monotonic(), Result()
