@@ -25,9 +25,9 @@ pub struct Settling {
 }
 
 impl Settling {
-    /// Adds one.
+    /// Adds one, the next of those without frames.
     pub fn add(&mut self, index: u32) {
-        self.devices.push_front(index);
+        self.devices.insert(self.devices.len() - self.busy, index);
     }
 
     /// Forgets one that is no port any more.
@@ -78,7 +78,7 @@ mod tests {
         assert_eq!(settling.interval(), None);
         (1..=100).for_each(|index| settling.add(index));
         assert_eq!(settling.interval(), Some(LATER));
-        assert_eq!(settling.take().collect::<Vec<_>>(), [1]);
+        assert_eq!(settling.take().collect::<Vec<_>>(), [100]);
         settling.prefer(&HashSet::from([50, 70, 1]));
         assert_eq!(settling.interval(), Some(SOON));
         settling.forget(70);
@@ -94,7 +94,7 @@ mod tests {
         let mut settling = Settling::default();
         (1..=6).for_each(|index| settling.add(index));
         assert_eq!(settling.interval(), Some(SOON));
-        assert_eq!(settling.take().collect::<Vec<_>>(), [1, 2, 3, 4]);
-        assert_eq!(settling.take().collect::<Vec<_>>(), [5, 6]);
+        assert_eq!(settling.take().collect::<Vec<_>>(), [6, 5, 4, 3]);
+        assert_eq!(settling.take().collect::<Vec<_>>(), [2, 1]);
     }
 }
