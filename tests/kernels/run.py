@@ -37,7 +37,7 @@ PARTS = {
     "kernel_path": ["frames_flow_whatever", "changes_its_path", "cannot_serve", "both_paths_do", "full_queue", "guest_without_offloads"],
 }
 # How much less there is to transfer than on a real processor.
-SCALE = "1024"
+SCALE = "512"
 # A kernel's run takes five minutes or six on two processors; twice that is no run any more.
 PATIENCE = 700.0
 
