@@ -569,21 +569,26 @@ fn what_a_namespace_before_left_is_not_this_ones() {
     let (lab, place) = (Lab::new(), Place::new());
     let control = place.control();
     let arguments = place.arguments(&control, &["--map", "101=t0"]);
+    let file = place.folder.path().join(Place::record(&lab));
     let mut daemon = lab.daemon(&arguments);
     let _guest = lab.raw_guest("t0");
-    daemon.attached(&["t0"]);
-    daemon.signal(Signal::SIGKILL);
-    eventually("it is dead", || daemon.ended());
-    let file = place.folder.path().join(Place::record(&lab));
-    let mut found: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-    let cookie = found["cookie"].as_u64().expect("a cookie, from Linux 5.14 on");
-    found["cookie"] = (cookie - 1).into();
-    std::fs::write(&file, found.to_string()).unwrap();
-    let next = lab.daemon(&arguments);
-    next.attached(&["t0"]);
-    let told = stopped(next);
-    assert!(!told.iter().any(|line| line.contains("counters start again")), "{told:?}");
+    // Another namespace's; and one of a version that wrote none.
+    for (of_another, is_read) in [(true, false), (false, true)] {
+        daemon.attached(&["t0"]);
+        daemon.signal(Signal::SIGKILL);
+        eventually("it is dead", || daemon.ended());
+        let mut found: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let cookie = found["cookie"].as_u64().expect("a cookie, from Linux 5.14 on");
+        found["cookie"] = of_another.then_some(cookie - 1).into();
+        std::fs::write(&file, found.to_string()).unwrap();
+        daemon = lab.daemon(&arguments);
+        daemon.attached(&["t0"]);
+        let told = daemon.stderr();
+        let said = told.iter().any(|line| line.contains("counters start again"));
+        assert_eq!(said, is_read, "{told:?}");
+    }
+    stopped(daemon);
     assert!(place.files().is_empty(), "{:?}", place.files());
 }
 

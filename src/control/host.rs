@@ -247,13 +247,10 @@ impl Host {
     }
 
     /// How many frames a device has dropped of those it was to send, and its queueing
-    /// discipline, that modulo 2^32. None if it is gone.
+    /// discipline, that modulo 2^32. None if it is gone or does not tell.
     pub fn unsent(&mut self, index: u32) -> Option<(u64, u32)> {
         let device = *self.dropped(&[index]).get(&index)?;
-        let queue = self.links.queue_drops(index).unwrap_or_else(|error| {
-            warn!("{error}");
-            None
-        });
+        let queue = self.links.queue_drops(index).map_err(|error| warn!("{error}")).ok()?;
         Some((device, queue.unwrap_or_default()))
     }
 

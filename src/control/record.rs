@@ -60,6 +60,11 @@ impl Subject {
         let namespace = fs::metadata(NAMESPACE)?.ino();
         Ok(Self { boot, namespace, cookie: netns::cookie().ok(), of: uplink.to_owned() })
     }
+
+    /// Whether it is the other, as far as both are known: an older version wrote no cookie.
+    fn may_be(&self, other: &Self) -> bool {
+        Self { cookie: self.cookie.or(other.cookie), ..self.clone() } == *other
+    }
 }
 
 /// What devices were like.
@@ -127,7 +132,7 @@ impl Record {
             }
         };
         match serde_json::from_slice::<Found>(&text) {
-            Ok(found) => (found.subject == self.subject).then_some(found),
+            Ok(found) => found.subject.may_be(&self.subject).then_some(found),
             Err(error) => {
                 warn!(
                     "{}: {error}: devices stay as the vlanswitchd before left them",

@@ -586,7 +586,7 @@ pub fn is_there(uplink: u32) -> bool {
 ///
 /// # Errors
 /// [`KernelPathError`].
-pub fn remove(place: Option<&Path>, uplink: Option<u32>) -> Result<Vec<String>, KernelPathError> {
+pub fn remove(place: &Path, uplink: Option<u32>) -> Result<Vec<String>, KernelPathError> {
     if let Some(uplink) = uplink {
         detach_tc(DISPATCHER_NAME, uplink, Direction::Ingress)?;
     }
@@ -603,8 +603,7 @@ pub fn remove_dispatcher(uplink: u32) -> Result<bool, BpfError> {
 }
 
 /// Ends what the pins keep. Returns the devices that had a part.
-pub fn remove_pins(place: Option<&Path>) -> Vec<String> {
-    let Some(place) = place else { return Vec::new() };
+pub fn remove_pins(place: &Path) -> Vec<String> {
     let names = names_in(place);
     for name in &names {
         unpin(&place.join(name));

@@ -12,6 +12,7 @@ end `packages: N passed, N failed`. scripts/test-packages makes all of it.
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -150,7 +151,9 @@ class Traffic:
     def __init__(self, machine, wire, vlan, guest):
         words = ["nsenter", "-t", machine.pid, "-n", sys.executable, os.path.join(HERE, "traffic.py"), wire, str(vlan), guest]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self.process.stdout.readline() != "flowing\n":
+        readable, _, _ = select.select([self.process.stdout], [], [], 30)
+        if not readable or self.process.stdout.readline() != "flowing\n":
+            self.process.kill()
             raise RuntimeError("no traffic flows")
 
     def end(self):
@@ -336,6 +339,7 @@ def by_rpm():
         for device in ("eth0", "far0", "web2", "guest2"):
             machine.run(f"ip link set {device} up")
         machine.run("udevadm settle")
+        found = machine.run("ip -d link show web2").out
         # Its database is made by the first call.
         machine.rpm("--initdb")
         before = machine.files()
@@ -361,6 +365,8 @@ def by_rpm():
         check("no process is left", not machine.run("pidof vlanswitchd").ok)
         done = machine.run("ip -d link show tap-web1")
         check("its tap is gone", not done.ok, done.all)
+        now = machine.run("ip -d link show web2").out
+        check("a device it found is given back", now == found, now + found)
         # As usual there: the user stays, and what was written into the configuration. Folders of
         # others' are there on a machine that has those.
         kept = r"\./(etc/(vlanswitchd|passwd|group|g?shadow|subuid|subgid)|var/lib/rpm|usr/share/(fish|zsh|licenses))\b"

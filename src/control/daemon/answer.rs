@@ -223,7 +223,6 @@ impl Daemon {
 
     fn all_ports(&mut self) -> Vec<api::Port> {
         self.count_overruns();
-        self.count_unsent();
         self.ports.iter().map(|(_, port)| self.show_port(port)).collect()
     }
 
@@ -320,6 +319,7 @@ impl Daemon {
     /// All counters.
     pub(super) fn stats(&mut self) -> Stats {
         let ports = self.all_ports();
+        self.count_unsent();
         Stats {
             time: wall_clock(),
             uplink: self.show_uplink(&ports),

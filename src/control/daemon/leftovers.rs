@@ -64,7 +64,7 @@ pub fn give_back(config: &Config) -> Result<usize, StartError> {
 /// Ends what the kernel path still forwards. Returns how many ports that was.
 fn remove_kernel_path(uplink: &str, host: &mut Host) -> Result<usize, StartError> {
     let index = |name: &str| if_nametoindex(name).ok();
-    let ports = kernel::remove(Some(&pin_folder(uplink)), index(uplink))?;
+    let ports = kernel::remove(&pin_folder(uplink), index(uplink))?;
     for name in &ports {
         if let Some(index) = index(name) {
             host.seal_again(name, index);

@@ -332,7 +332,7 @@ impl Daemon {
                 if kernel::remove_dispatcher(index).map_err(KernelPathError::from)? {
                     self.uncleared.push(index);
                 }
-                kernel::remove_pins(Some(&pin_folder(&self.name)));
+                kernel::remove_pins(&pin_folder(&self.name));
             }
             None => {}
         }
@@ -574,7 +574,9 @@ impl Daemon {
         if let Some(uplink) = uplink {
             self.take_dispatcher_away(uplink);
         }
-        kernel::remove_pins(place.as_deref());
+        if let Some(place) = place {
+            kernel::remove_pins(&place);
+        }
         let indexes: Vec<u32> = self.ports.iter().filter_map(|(_, port)| port.index()).collect();
         for index in indexes {
             if let Err(error) = self.host.replace_guard(index, None)

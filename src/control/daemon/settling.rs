@@ -1,7 +1,7 @@
 //! Devices whose seal has not been moved yet to where it costs least.
 //!
-//! A seal is put where that is quickest, and moved later: each move takes most of a
-//! millisecond and the kernel's device lock. What it saves it saves per frame, so devices with
+//! A seal is put where that is quickest, and moved later: each move takes several netlink
+//! requests and the kernel's device lock. What it saves it saves per frame, so devices with
 //! frames come first; the silent ones of a host with very many take their time.
 
 use std::collections::{HashSet, VecDeque};
@@ -13,7 +13,7 @@ const AT_ONCE: usize = 4;
 const SOON: Duration = Duration::from_millis(250);
 /// Silent devices from which on their moves would be seen in the host's load.
 const MANY: usize = 64;
-/// Until one of so many silent devices is moved: 0.2 % of a core.
+/// Until one of so many silent devices is moved.
 const LATER: Duration = Duration::from_millis(500);
 
 /// The devices, by index.
