@@ -47,7 +47,9 @@ impl<'a> Path<'a> {
     fn new(scene: &'a Scene, direction: Direction, length: usize, bench: &Bench) -> Result<Self> {
         let receiver = match direction {
             Direction::ToWire => None,
-            Direction::ToGuest => Some(guest_receiver(&scene.datapath.guest, length)?),
+            Direction::ToGuest | Direction::FromNic => {
+                Some(guest_receiver(&scene.datapath.guest, length)?)
+            }
         };
         Ok(Self { scene, direction, length, processors: bench.processors, receiver })
     }
@@ -57,8 +59,9 @@ impl<'a> Path<'a> {
             Direction::ToWire => {
                 guest_sender(&self.scene.datapath.guest, self.length, pace, limit, self.processors)
             }
-            Direction::ToGuest => {
-                let (far, vlan) = (&self.scene.far, self.scene.vlan);
+            Direction::ToGuest | Direction::FromNic => {
+                let is_tagged = self.direction == Direction::ToGuest;
+                let (far, vlan) = (&self.scene.far, self.scene.vlan.filter(|_| is_tagged));
                 wire_sender(far, FAR_DEVICE, self.length, vlan, pace, limit, self.processors)
             }
         }
@@ -207,7 +210,8 @@ pub fn throughput(
 }
 
 /// Processor time of the whole machine for a trickle every datapath carries, less that of the
-/// same machine without traffic. The generator sleeps between bursts and is part of the figure,
+/// same machine without traffic: what was not idle, which the kernel measures, where it counts
+/// ticks for all else. The generator sleeps between bursts and is part of the figure,
 /// the same for all.
 pub fn cost(scene: &Scene, direction: Direction, length: usize, bench: &Bench) -> Result<Outcome> {
     let path = Path::new(scene, direction, length, bench)?;
@@ -218,8 +222,8 @@ pub fn cost(scene: &Scene, direction: Direction, length: usize, bench: &Bench) -
     if delivered < sent * 0.99 {
         bail!("of {sent:.0} frames a second only {delivered:.0} arrived: no fair price");
     }
-    let idle_cpus = idle.busy / idle.seconds;
-    let marginal = usage.busy / usage.seconds - idle_cpus;
+    let idle_cpus = idle.awake / idle.seconds;
+    let marginal = usage.awake / usage.seconds - idle_cpus;
     if marginal <= 0.0 {
         bail!("others kept the machine busy: no price can be told");
     }

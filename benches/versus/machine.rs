@@ -24,6 +24,7 @@ const TICKS_PER_SECOND: f64 = 100.0;
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     busy: f64,
+    idle: f64,
     soft_interrupt: f64,
     steal: f64,
 }
@@ -40,8 +41,11 @@ pub struct Sample {
 pub struct Usage {
     /// Length of the window, seconds.
     pub seconds: f64,
-    /// Time processors were not idle, seconds over all of them.
+    /// Time processors were not idle as ticks found them, seconds over all of them.
     pub busy: f64,
+    /// Time processors were not idle, by the clock: kernels that stop the tick on an idle
+    /// processor measure how long it was (`get_idle_time`, fs/proc/stat.c). Seconds over all.
+    pub awake: f64,
     /// Part of `busy` in soft interrupts, seconds.
     pub soft_interrupt: f64,
     /// Time the hypervisor took away, seconds.
@@ -75,11 +79,15 @@ impl Sample {
                 (seconds - self.foreign.get(process).copied().unwrap_or(0.0)).max(0.0)
             })
             .sum();
+        let seconds = (at - self.at).as_secs_f64();
+        let steal = now.steal - self.totals.steal;
+        let idle = now.idle - self.totals.idle;
         Ok(Usage {
-            seconds: (at - self.at).as_secs_f64(),
+            seconds,
+            awake: (seconds * processors() as f64 - idle - steal).max(0.0),
             busy: now.busy - self.totals.busy,
             soft_interrupt: now.soft_interrupt - self.totals.soft_interrupt,
-            steal: now.steal - self.totals.steal,
+            steal,
             foreign,
         })
     }
@@ -171,6 +179,7 @@ fn totals() -> Result<Totals> {
     let field = |index: usize| fields.get(index).copied().unwrap_or(0.0);
     Ok(Totals {
         busy: field(0) + field(1) + field(2) + field(5) + field(6),
+        idle: field(3) + field(4),
         soft_interrupt: field(6),
         steal: field(7),
     })

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use vlanswitchd::sys::bpf::{
-    COUNTER_FRAMES, Direction, PerCpuArrayMap, ProgramKind, XdpMode, attach_tc, attach_xdp, load,
-    vlan_pop_program, vlan_push_program, xdp_count_drop_program,
+    COUNTER_FRAMES, Direction, PerCpuArrayMap, ProgramKind, XdpMode, attach_beside_qdiscs,
+    attach_xdp, load, vlan_pop_program, vlan_push_program, xdp_count_drop_program,
 };
 
 use super::datapath::{Datapath, GUEST_ADDRESS, Running, UPLINK, VLAN, wait_for_xdp};
@@ -75,6 +75,25 @@ impl Scene {
         })
     }
 
+    /// The same, but frames without a tag get the datapath's there, beside the frame, and lose
+    /// it on the way in.
+    pub fn with_tagging_wire(datapath: &Datapath, scratch: &Path, ports: usize) -> Result<Self> {
+        let scene = Self::with_bare_wire(datapath, scratch, ports)?;
+        if let Some(vlan) = scene.vlan {
+            scene.far.run(move || {
+                let device = interface(FAR_DEVICE)?;
+                let push =
+                    load(ProgramKind::SchedCls, "bench_push", &vlan_push_program(0x8100, vlan)?)?;
+                let pop = load(ProgramKind::SchedCls, "bench_pop", &vlan_pop_program()?)?;
+                // Where they cost least: the far end is not what is measured.
+                attach_beside_qdiscs(push.as_fd(), "bench_push", device, Direction::Egress)?;
+                attach_beside_qdiscs(pop.as_fd(), "bench_pop", device, Direction::Ingress)?;
+                anyhow::Ok(())
+            })??;
+        }
+        Ok(scene)
+    }
+
     /// A bed whose far end counts and drops.
     pub fn with_sink(datapath: &Datapath, scratch: &Path, ports: usize) -> Result<Self> {
         let mut scene = Self::with_bare_wire(datapath, scratch, ports)?;
@@ -94,18 +113,7 @@ impl Scene {
     /// A bed with a real network stack at either end; returns once they can talk, which proves
     /// that the datapath carries frames, and tags, both ways.
     pub fn with_stacks(datapath: &Datapath, scratch: &Path, ports: usize) -> Result<Self> {
-        let mut scene = Self::with_bare_wire(datapath, scratch, ports)?;
-        if let Some(vlan) = scene.vlan {
-            scene.far.run(move || {
-                let device = interface(FAR_DEVICE)?;
-                let push =
-                    load(ProgramKind::SchedCls, "bench_push", &vlan_push_program(0x8100, vlan)?)?;
-                let pop = load(ProgramKind::SchedCls, "bench_pop", &vlan_pop_program()?)?;
-                attach_tc(push.as_fd(), "bench_push", device, Direction::Egress)?;
-                attach_tc(pop.as_fd(), "bench_pop", device, Direction::Ingress)?;
-                anyhow::Ok(())
-            })??;
-        }
+        let mut scene = Self::with_tagging_wire(datapath, scratch, ports)?;
         scene.far.command(&format!("ip address add {FAR_IP}/24 dev {FAR_DEVICE}"))?;
         let guest = Namespace::new()?;
         let nic = guest.run(|| kernel::open_tap(GUEST_DEVICE, true))??;

@@ -24,7 +24,7 @@ pub fn tcp(scene: &Scene, direction: Direction, streams: usize, bench: &Bench) -
         let (far, _) = listener.accept()?;
         let (sender, receiver) = match direction {
             Direction::ToWire => (near, far),
-            Direction::ToGuest => (far, near),
+            Direction::ToGuest | Direction::FromNic => (far, near),
         };
         workers.push(stream_sender(sender)?);
         receivers.push(stream_receiver(receiver)?);

@@ -18,18 +18,22 @@ use super::stream;
 pub enum Direction {
     /// From the guest to the wire.
     ToWire,
-    /// From the wire to the guest.
+    /// From the wire to the guest, the tag in the frame.
     ToGuest,
+    /// From the wire to the guest, the tag beside the frame as a NIC leaves it that has taken
+    /// it out.
+    FromNic,
 }
 
 impl Direction {
-    /// Both.
+    /// Both ways.
     pub const ALL: [Self; 2] = [Self::ToWire, Self::ToGuest];
 
     fn name(self) -> &'static str {
         match self {
             Self::ToWire => "guest-to-wire",
             Self::ToGuest => "wire-to-guest",
+            Self::FromNic => "nic-to-guest",
         }
     }
 }
@@ -140,6 +144,7 @@ impl Workload {
         for direction in Direction::ALL {
             all.extend(lengths.map(|length| Self::Throughput { direction, length }));
         }
+        all.push(Self::Throughput { direction: Direction::FromNic, length: 60 });
         for direction in Direction::ALL {
             all.extend([1, 8].map(|streams| Self::Tcp { direction, streams }));
         }
@@ -150,6 +155,7 @@ impl Workload {
         for direction in Direction::ALL {
             all.extend([60, 1514].map(|length| Self::Cost { direction, length }));
         }
+        all.push(Self::Cost { direction: Direction::FromNic, length: 60 });
         all.extend([1, 10, 100, 1000].map(|count| Self::Ports { count }));
         all
     }
@@ -273,6 +279,7 @@ fn scene(direction: Direction, datapath: &Datapath, bench: &Bench, ports: usize)
     match direction {
         Direction::ToWire => Scene::with_sink(datapath, bench.scratch, ports),
         Direction::ToGuest => Scene::with_bare_wire(datapath, bench.scratch, ports),
+        Direction::FromNic => Scene::with_tagging_wire(datapath, bench.scratch, ports),
     }
 }
 

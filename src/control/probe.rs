@@ -20,6 +20,7 @@ use crate::sys::fanout::OwnFramesProbe;
 use crate::sys::netns::in_private_namespace;
 use crate::sys::packet::{SendSpace, Transmitter};
 use crate::sys::tap::{self, TapOptions};
+use crossbeam_channel::{Receiver, bounded};
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use std::error::Error;
@@ -36,24 +37,38 @@ const PATIENCE: Duration = Duration::from_millis(20);
 
 /// A probe under way.
 #[derive(Debug)]
-pub struct Probe(Option<JoinHandle<Result<Abilities, String>>>);
+pub struct Probe {
+    found: Receiver<Result<Abilities, String>>,
+    thread: Option<JoinHandle<()>>,
+}
 
 /// Starts probing beside the rest of the start.
 pub fn start() -> Probe {
-    let body = || {
-        in_private_namespace(|| try_kernel().map_err(|error| error.to_string()))
-            .unwrap_or_else(|error| Err(error.to_string()))
+    let (tell, found) = bounded(1);
+    let body = move || {
+        let tried = in_private_namespace(|| {
+            // Closing what was tried with takes the kernel 50 ms: nobody is to wait for that.
+            try_kernel(|abilities| drop(tell.send(Ok(abilities))))
+                .map_err(|error| error.to_string())
+        });
+        if let Err(error) = tried.unwrap_or_else(|error| Err(error.to_string())) {
+            drop(tell.send(Err(error)));
+        }
     };
-    Probe(std::thread::Builder::new().name("probe".into()).spawn(body).ok())
+    Probe { found, thread: std::thread::Builder::new().name("probe".into()).spawn(body).ok() }
 }
 
 impl Probe {
+    /// Waits until it has ended.
+    pub fn end(self) {
+        drop(self.thread.map(JoinHandle::join));
+    }
+
     /// Waits for the result.
-    pub fn finish(self) -> Abilities {
-        let result = self.0.map(JoinHandle::join);
-        let kernel = match result {
-            Some(Ok(Ok(kernel))) => kernel,
-            Some(Ok(Err(error))) => {
+    pub fn result(&self) -> Abilities {
+        let kernel = match self.found.recv() {
+            Ok(Ok(kernel)) => kernel,
+            Ok(Err(error)) => {
                 warn!(
                     "tagged and UDP super-frames are segmented in userspace, which costs CPU: \
                      whether the kernel can do it could not be tried: {error}"
@@ -61,7 +76,7 @@ impl Probe {
                 // What every kernel can do.
                 return Abilities::default();
             }
-            None | Some(Err(_)) => return Abilities::default(),
+            Err(_) => return Abilities::default(),
         };
         if !kernel.segments.tagged_gso {
             warn!(
@@ -75,7 +90,8 @@ impl Probe {
     }
 }
 
-fn try_kernel() -> Result<Abilities, Box<dyn Error>> {
+/// Tells what was found before it puts away what that took.
+fn try_kernel(tell: impl FnOnce(Abilities)) -> Result<(), Box<dyn Error>> {
     // Without offloads on the fd's side, and without a virtio header to parse.
     let options =
         TapOptions { vnet_header: false, persistent: false, ..TapOptions::new(PROBE_TAP) };
@@ -101,7 +117,8 @@ fn try_kernel() -> Result<Abilities, Box<dyn Error>> {
     space.load(&[&plain_frame()]).send_from(&transmitter, 0)?;
     let tcx =
         !matches!(bpf::tcx::programs(index, Direction::Ingress), Err(BpfError::Unsupported { .. }));
-    Ok(Abilities { segments, tcx, groups_ignore_outgoing: !group.saw_any() })
+    tell(Abilities { segments, tcx, groups_ignore_outgoing: !group.saw_any() });
+    Ok(())
 }
 
 /// Counts the frames to the same destination that arrive within [`PATIENCE`]: the

@@ -23,7 +23,7 @@
 
 mod port;
 
-pub use port::PortPath;
+pub use port::{DROP_DELAY, PortPath};
 
 use super::FlowSnapshot;
 use crate::frame::{Tag, TagEdit, Tpid, Vid};

@@ -7,27 +7,52 @@ the same in every run but for what chance does to schedulers, on whatever machin
 """
 
 import json
-import os
-import pathlib
-import subprocess
+import statistics
 import sys
 
 import kernels
-from machine import FOLDER, Machine
-
-import image
+from machine import Machine
+from programs import static
 
 BASE = "macvtap-on-vlan"
 PATHS = ["packet", "kernel"]
-# What each row is: the figure of the benchmark, and what one of it takes, in instructions.
-ROWS = {
-    "flood-guest-to-wire-60": ("60 B, guest to wire", "instructions a frame", lambda f: 1e3 / f["delivered_mpps"]),
-    "flood-guest-to-wire-1514": ("1514 B, guest to wire", "instructions a frame", lambda f: 1e3 / f["delivered_mpps"]),
-    "tcp-guest-to-wire-1": ("TCP, guest to wire", "instructions a KiB", lambda f: 8192 / f["gbit_per_s"]),
-    "tcp-wire-to-guest-1": ("TCP, wire to guest", "instructions a KiB", lambda f: 8192 / f["gbit_per_s"]),
+FRAME = "instructions a frame"
+KIBIBYTE = "instructions a KiB"
+RESULTS = "/tmp/results.json"
+
+
+class Run:
+    """A run of the benchmark, and what each row of it is: the figure, and what one of it takes."""
+
+    def __init__(self, rounds, window, rows, datapaths=(BASE, *PATHS)):
+        self.rounds, self.window, self.rows, self.datapaths = rounds, window, rows, datapaths
+
+    def words(self, programs):
+        words = [str(programs["versus_macvtap"]), "--quick", "--force", "--verbose", "--patience", "0"]
+        words += ["--rounds", str(self.rounds), "--window", str(self.window), "--json", RESULTS]
+        for name in (*self.datapaths, *self.rows):
+            words += ["--only", name]
+        for name in PATHS:
+            words += ["--daemon", f"'{name}={programs['vlanswitchd']} --datapath {name}'"]
+        return " ".join(words)
+
+
+AS_FAST_AS_IT_GOES = Run(3, 0.2, {
+    "flood-guest-to-wire-60": ("60 B, guest to wire", FRAME, lambda f: 1e3 / f["delivered_mpps"]),
+    "flood-guest-to-wire-1514": ("1514 B, guest to wire", FRAME, lambda f: 1e3 / f["delivered_mpps"]),
+    "tcp-guest-to-wire-1": ("TCP, guest to wire", KIBIBYTE, lambda f: 8192 / f["gbit_per_s"]),
+    "tcp-wire-to-guest-1": ("TCP, wire to guest", KIBIBYTE, lambda f: 8192 / f["gbit_per_s"]),
     "rtt-back-to-back": ("round trip", "instructions, median", lambda f: 1e3 * f["p50_us"]),
-}
-PATIENCE = 900.0
+})
+# A flood toward the guest would leave it no instructions to receive with.
+TRICKLE = Run(1, 2, {
+    "cost-wire-to-guest-60": ("60 B, wire to guest", FRAME, lambda f: f["busy_ns_per_frame"]),
+    "cost-nic-to-guest-60": ("the same, tag beside it", FRAME, lambda f: f["busy_ns_per_frame"]),
+})
+# Whose name is in those of all of its kind. What the switch does once a second is to be in it
+# once a second.
+PORTS = Run(1, 2, {"ports-1": ("60 B, guest to wire", FRAME, lambda f: 1e3 / f["to_wire_mpps"])}, PATHS)
+PATIENCE = 1500.0
 NOTE = """\
 What this shows: how much work each way of carrying a guest's frames is, generator, guest's
 stack and far end included, on the same kernel and counted alike; and that frames get through.
@@ -37,79 +62,60 @@ here all cost the same; there is one processor, so nothing runs side by side; an
 a veth pair. docs/performance.md has the figures of real processors."""
 
 
-def build():
-    """Builds the benchmark and the product statically; returns their paths."""
-    words = ["cargo", "bench", "--locked", "--no-run", "--bench", "versus_macvtap"]
-    words += ["--target", "x86_64-unknown-linux-gnu", "--target-dir", FOLDER / "bench"]
-    environment = {
-        **os.environ,
-        "CARGO_ENCODED_RUSTFLAGS": "-Ctarget-feature=+crt-static",
-        "CARGO_PROFILE_RELEASE_STRIP": "true", "CARGO_PROFILE_RELEASE_DEBUG": "0",
-    }
-    done = subprocess.run(
-        [*words, "--message-format", "json-render-diagnostics"], cwd=image.ROOT, env=environment,
-        stdout=subprocess.PIPE, check=False,
-    )
-    if done.returncode:
-        sys.exit("cannot build the benchmark")
-    messages = [json.loads(line) for line in done.stdout.splitlines()]
-    return {
-        message["target"]["name"]: pathlib.Path(message["executable"])
-        for message in messages if message.get("executable")
-    }
-
-
 def measure(version, programs):
-    """Runs the benchmark there; returns figures by workload and datapath."""
+    """Runs the benchmark there; returns what one of each figure takes, by workload and datapath."""
     # One processor, as instructions can be counted of one only.
     machine = Machine(version, cpus=1, arguments=["-icount", "shift=0,sleep=off"])
     for path in programs.values():
         machine.add(path, str(path))
-    words = [str(programs["versus_macvtap"]), "--quick", "--force", "--rounds", "1", "--window", "0.2", "--verbose"]
-    words += ["--patience", "0", "--json", "/tmp/results.json"]
-    for name in [BASE, *PATHS, *ROWS]:
-        words += ["--only", name]
-    for name in PATHS:
-        words += ["--daemon", f"'{name}={programs['vlanswitchd']} --datapath {name}'"]
-    command = f"{' '.join(words)}; echo; cat /tmp/results.json | tr -d '\\n'; echo"
-    report = {}
+    runs = (AS_FAST_AS_IT_GOES, TRICKLE, PORTS)
+    command = "\n".join(f"{run.words(programs)}; echo; tr -d '\\n' < {RESULTS}; echo; rm {RESULTS}" for run in runs)
+    reports = []
 
     def say(line):
         if line.startswith("{"):
-            report.update(json.loads(line))
+            reports.append(json.loads(line))
         elif line:
             print(f"    {line}", flush=True)
 
     code = machine.run(command, PATIENCE, say)
-    if code is None or not report:
+    if code is None or len(reports) != len(runs):
         print(machine.console[-2000:])
         sys.exit(f"kernel {version}: the benchmark did not get to the end")
-    for failure in report["failures"]:
-        print(f"    not measured: {failure}")
-    return {(made["workload"], made["datapath"]): made["figures"] for made in report["measurements"]}
+    costs = {}
+    for run, report in zip(runs, reports):
+        for failure in report["failures"]:
+            print(f"    not measured: {failure}")
+        for made in report["measurements"]:
+            for name, (_, _, cost) in run.rows.items():
+                if made["workload"].startswith(name):
+                    costs.setdefault((made["workload"], made["datapath"]), []).append(cost(made["figures"]))
+    return {key: statistics.median(each) for key, each in costs.items()}
 
 
 def table(version, measured):
     lines = [
         f"Linux {version}, instructions counted by QEMU; in brackets the ratio to macvtap on a VLAN device",
-        f"{'':22} {'':22} {'macvtap on VLAN':>16} {'packet path':>18} {'kernel path':>18}",
+        f"{'':23} {'':21} {'macvtap on VLAN':>16} {'packet path':>18} {'kernel path':>18}",
     ]
-    for workload, (what, unit, cost) in ROWS.items():
+    for workload, (what, unit, _) in {**AS_FAST_AS_IT_GOES.rows, **TRICKLE.rows}.items():
         base = measured.get((workload, BASE))
-        cells = [f"{what:22} {unit:22}", f"{cost(base):16.0f}" if base else f"{'-':>16}"]
+        cells = [f"{what:23} {unit:21}", f"{base:16.0f}" if base else f"{'-':>16}"]
         for name in PATHS:
-            figures = measured.get((workload, name))
-            if figures and base:
-                cells.append(f"{cost(figures):10.0f} ({cost(figures) / cost(base):.2f})".rjust(18))
-            else:
-                cells.append(f"{'-':>18}")
+            own = measured.get((workload, name))
+            cells.append(f"{own:10.0f} ({own / base:.2f})".rjust(18) if own and base else f"{'-':>18}")
         lines.append(" ".join(cells))
+    lines += ["", f"{'with ports':23} {'':21} {'1':>16} {'1000':>18}"]
+    for name in PATHS:
+        one, many = (measured.get((f"ports-{count}", name)) for count in (1, 1000))
+        cells = f"{one:16.0f} {f'{many:.0f} ({many / one:.2f})':>18}" if one and many else f"{'-':>16} {'-':>18}"
+        lines.append(f"{f'60 B, {name} path':23} {FRAME:21} {cells}")
     return "\n".join(lines)
 
 
 def compare(versions):
     """Measures on each of these kernels, and prints a table for it."""
-    programs = build()
+    programs = {name: path for (_, name), path in static("versus_macvtap").items()}
     tables = [table(version, measure(version, programs)) for version in versions or kernels.SUITES]
     print("\n\n".join(["", *tables]))
     print(f"\n{NOTE}")

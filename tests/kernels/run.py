@@ -5,14 +5,13 @@
     tests/kernels/run.py --compare [VERSION...]
     tests/kernels/run.py --document
 
-Every kernel gets the same programs: the product built statically, the tests as they are. A test is what it is on the machine's own kernel: it compares frames byte by byte,
-so that what passes here and there came out the same. `scripts/test-kernels` installs first
-what this needs.
+Every kernel gets the same programs: the product built statically, the tests as they are. A
+test is what it is on the machine's own kernel: it compares frames byte by byte, so that what
+passes here and there came out the same. `scripts/test-kernels` installs first what this needs.
 """
 
 import argparse
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -23,10 +22,10 @@ import compare
 import document
 import kernels
 from machine import FOLDER, Machine
+from programs import executables, static
 
 import image
 
-TARGET = "x86_64-unknown-linux-gnu"
 # What frames meet: run once for each datapath.
 FORWARDING = ["forwarding", "offloads", "beside"]
 # What the switch asks of the kernel beside that: once is enough.
@@ -42,41 +41,15 @@ SCALE = "512"
 PATIENCE = 700.0
 
 
-def cargo(*words, **environment):
-    """Builds; returns the paths of programs, by kind and name."""
-    done = subprocess.run(
-        ["cargo", *words, "--locked", "--message-format", "json-render-diagnostics"], cwd=image.ROOT,
-        env={**os.environ, **environment}, stdout=subprocess.PIPE, check=False,
-    )
-    if done.returncode:
-        sys.exit("cannot build what is to be tested")
-    programs = {}
-    for line in done.stdout.splitlines():
-        message = json.loads(line)
-        if message.get("executable"):
-            kind = "bin" if not message["profile"]["test"] else "test"
-            programs[kind, message["target"]["name"]] = pathlib.Path(message["executable"])
-    return programs
-
-
-def product():
-    """Builds the product as it is installed on a host of any distribution: statically."""
-    return cargo(
-        "build", "--bins", "--release", "--target", TARGET, "--target-dir", FOLDER / "build",
-        CARGO_ENCODED_RUSTFLAGS="-Ctarget-feature=+crt-static", CARGO_PROFILE_RELEASE_STRIP="true",
-        CARGO_PROFILE_RELEASE_DEBUG="0", CARGO_PROFILE_RELEASE_LTO="off", CARGO_PROFILE_RELEASE_CODEGEN_UNITS="16",
-    )
-
-
 def build(names):
     """Builds these tests, as ever, and the product they are to find in its usual place.
 
     Returns what to bring along: sources by name, and the tests' names.
     """
-    static = product()
+    product = static("instructions")
     # The product's binaries are built along with them, and these stand in for them.
-    made = cargo("test", "--no-run", *(word for name in names for word in ("--test", name)))
-    files = {str(path): static[kind, name] for (kind, name), path in made.items() if kind == "bin"}
+    made = executables("cargo", "test", "--locked", "--no-run", *(word for name in names for word in ("--test", name)))
+    files = {str(path): product[kind, name] for (kind, name), path in made.items() if kind == "bin"}
     folder = FOLDER / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -12,6 +12,10 @@ use std::time::{Duration, Instant};
 pub const WINDOW: u64 = 500;
 /// Slots of a port's ring, the smaller one.
 const RING: u64 = 2048;
+/// How often a sender looks whether frames have arrived before it lets go of its processor,
+/// and for how long.
+const TURNS: u32 = 100;
+const PAUSE: Duration = Duration::from_micros(100);
 /// After which silence nothing more is expected.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -110,13 +114,18 @@ fn both_ways_shared(
     let (stop, arrived) = (AtomicBool::new(false), Arc::<Arrived>::default());
     let begin = Instant::now();
     let send = |arrived: &AtomicU64, send: &dyn Fn(u64)| {
-        let mut number = 0;
+        let (mut number, mut turns) = (0, 0);
         while !stop.load(Ordering::Relaxed) {
             if number - arrived.load(Ordering::Relaxed) < WINDOW {
                 number += 1;
+                turns = 0;
                 send(number);
-            } else {
+            } else if turns < TURNS {
+                turns += 1;
                 std::thread::yield_now();
+            } else {
+                // Nobody forwards: whoever is about to needs a processor.
+                std::thread::sleep(PAUSE);
             }
         }
         number

@@ -275,15 +275,20 @@ impl Daemon {
 
     /// What came from the wire, whoever served it.
     pub(super) fn uplink_flow(&self) -> FlowSnapshot {
-        self.uplink_flow_since(Instant::now())
+        let now = Instant::now();
+        self.uplink_flow_since(|_| Some(now))
     }
 
-    /// The same as it was at some moment since `earliest`.
-    pub(super) fn uplink_flow_since(&self, earliest: Instant) -> FlowSnapshot {
+    /// The same, of each port as it was at some moment since `earliest`, or at any.
+    pub(super) fn uplink_flow_since(
+        &self,
+        earliest: impl Fn(&Port) -> Option<Instant>,
+    ) -> FlowSnapshot {
         let mut flow = self.workers.uplink_flow();
         flow.add(&self.past);
-        for path in self.ports.iter().filter_map(|(_, port)| port.path.as_ref()) {
-            if let Ok((_, to_guest)) = path.flows_since(earliest) {
+        for (_, port) in self.ports.iter() {
+            let flows = port.path.as_ref().map(|path| path.flows_since(earliest(port)));
+            if let Some(Ok((_, to_guest))) = flows {
                 flow.add(&handed(&to_guest));
             }
         }

@@ -467,6 +467,11 @@ impl Daemon {
 
     pub(super) fn count_overruns(&mut self) {
         self.count_queues();
+        self.count_rings();
+    }
+
+    /// The same of rings only.
+    pub(super) fn count_rings(&mut self) {
         self.count_leaving();
         if let Some((_, counters, _)) = &self.uplink.attached {
             for (worker, (seat, counter)) in self.workers.iter().zip(counters).enumerate() {

@@ -9,6 +9,7 @@ use crate::control::links::{LinkEvent, LinkState, QDISC_REMOVED};
 use crate::control::mapping::DeviceKind;
 use crate::control::start_error::StartError;
 use crate::port::DeviceState;
+use std::time::Instant;
 use tracing::warn;
 
 /// What took away a seal while nobody watched it.
@@ -238,8 +239,8 @@ impl Daemon {
     }
 
     /// Moves some devices' seals to where they cost least.
-    pub(super) fn settle_some(&mut self) {
-        for index in self.unsettled.take() {
+    pub(super) fn settle_some(&mut self, now: Instant) {
+        for index in self.unsettled.take(now) {
             self.settle(index);
         }
     }

@@ -126,6 +126,8 @@ pub struct Daemon {
     unsettled: Settling,
     /// The port whose seal is looked at next.
     seals_seen: PortIndex,
+    /// Which of the silent ports are looked at by this tick.
+    turn: usize,
     /// Devices with something left of that, to be cleared up when their guest is gone.
     uncleared: Vec<u32>,
     poll: Poll,
@@ -195,7 +197,7 @@ impl Daemon {
         let mtu = checks::target_mtu(&config);
         let watched = Watched::default();
         let mut ports = Ports::new(config.ports.clone());
-        let abilities = known.or_else(|| probe.map(Probe::finish)).unwrap_or_default();
+        let abilities = known.or_else(|| probe.as_ref().map(Probe::result)).unwrap_or_default();
         let (planned, before) = match &take {
             Some(take) => handing::workers_of(&take.state, &config, plan.workers),
             None => (plan.workers, Vec::new()),
@@ -231,8 +233,9 @@ impl Daemon {
             retired: None,
             leaving: Vec::new(),
             created: Vec::new(),
-            unsettled: Settling::default(),
+            unsettled: Settling::new(Instant::now()),
             seals_seen: 0,
+            turn: 0,
             uncleared: Vec::new(),
             poll,
             signals,
@@ -282,6 +285,10 @@ impl Daemon {
             }
         }
         daemon.keep_record(false);
+        if let Some(probe) = probe {
+            // What is confined is each thread for itself.
+            probe.end();
+        }
         daemon.confined = Some(daemon.confine()?);
         Ok(daemon)
     }
@@ -402,13 +409,13 @@ impl Daemon {
                 self.take_notices();
                 self.attach_left_out();
                 self.end_captures();
-                self.look_at_paths(now);
+                self.look_at_paths();
                 self.host.restore_queueing();
                 self.keep_record(false);
                 next_tick = now + TICK;
             }
             if events.is_empty() {
-                self.settle_some();
+                self.settle_some(now);
             }
             for event in &events {
                 match event.token() {
@@ -435,7 +442,7 @@ impl Daemon {
         }
         let deadline = self.server.deadline().map_or(next_tick, |due| due.min(next_tick));
         let wait = deadline.saturating_duration_since(Instant::now());
-        self.unsettled.interval().map_or(wait, |interval| wait.min(interval))
+        self.unsettled.wait(Instant::now()).map_or(wait, |until| wait.min(until))
     }
 
     fn answer_signals(&mut self, show: &mut impl FnMut(&str)) -> ControlFlow<()> {

@@ -437,8 +437,8 @@ impl Daemon {
     }
 
     /// Looks after the kernel path; to be called once a second.
-    pub(super) fn look_at_paths(&mut self, now: Instant) {
-        self.look_for_unable(now);
+    pub(super) fn look_at_paths(&mut self) {
+        self.look_for_unable();
         self.settle_paths();
         self.fit_all_express();
         // A program detached from TCX makes no notification.
@@ -455,7 +455,10 @@ impl Daemon {
         let positions = self.seals_seen..self.ports.places();
         let due = positions.filter_map(|position| {
             let port = self.ports.get(position)?;
-            Some((position, port.index()?, port.config.device.clone()))
+            let index = port.index()?;
+            // Where it stands until it is settled, its going is notified.
+            let is_settled = !self.unsettled.contains(index);
+            is_settled.then(|| (position, index, port.config.device.clone()))
         });
         let due: Vec<_> = due.take(SEALS_AT_ONCE).collect();
         // Less than that many: the end is reached.
@@ -469,9 +472,9 @@ impl Daemon {
     }
 
     /// Looks for guests that send what only the packet path can pass on.
-    fn look_for_unable(&mut self, now: Instant) {
+    fn look_for_unable(&mut self) {
         for (_, port) in self.ports.iter_mut().filter(|(_, port)| port.in_kernel) {
-            let unable = port.path.as_mut().map(|path| path.take_unable(now));
+            let unable = port.path.as_mut().map(|path| path.take_unable());
             if matches!(unable, Some(Ok(true))) {
                 port.unable = true;
             }
@@ -494,11 +497,16 @@ impl Daemon {
 
     /// Asks what devices have dropped behind the kernel path's programs.
     pub(super) fn count_queues(&mut self) {
+        self.count_queues_of(|_| true);
+    }
+
+    /// The same of some ports' devices.
+    pub(super) fn count_queues_of(&mut self, is_due: impl Fn(&Port) -> bool) {
         let now = Instant::now();
         let indexes: Vec<u32> = self
             .ports
             .iter_mut()
-            .filter(|(_, port)| port.in_kernel)
+            .filter(|(_, port)| port.in_kernel && is_due(port))
             .filter_map(|(_, port)| port.path.as_mut()?.to_be_asked(now))
             .collect();
         if indexes.is_empty() {

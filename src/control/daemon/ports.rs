@@ -108,7 +108,7 @@ impl Port {
     pub fn flows_since(&self, earliest: Instant) -> (FlowSnapshot, FlowSnapshot) {
         let mut from_guest = self.shared.from_guest.snapshot();
         let mut to_guest = self.shared.to_guest.snapshot();
-        match self.path.as_ref().map(|path| path.flows_since(earliest)) {
+        match self.path.as_ref().map(|path| path.flows_since(Some(earliest))) {
             Some(Ok((from, to))) => {
                 from_guest.add(&from);
                 to_guest.add(&to);

@@ -5,7 +5,7 @@
 //! frames come first; the silent ones of a host with very many take their time.
 
 use std::collections::{HashSet, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Moved at once, as what the kernel tells of all of them is looked at once.
 const AT_ONCE: usize = 4;
@@ -14,20 +14,32 @@ const SOON: Duration = Duration::from_millis(250);
 /// Silent devices from which on their moves would be seen in the host's load.
 const MANY: usize = 64;
 /// Until one of so many silent devices is moved.
-const LATER: Duration = Duration::from_millis(500);
+const LATER: Duration = Duration::from_secs(2);
 
 /// The devices, by index.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Settling {
     /// Those with frames at the end.
     devices: VecDeque<u32>,
     busy: usize,
+    /// When some were moved last.
+    last: Instant,
 }
 
 impl Settling {
+    /// None yet.
+    pub fn new(now: Instant) -> Self {
+        Self { devices: VecDeque::new(), busy: 0, last: now }
+    }
+
     /// Adds one, the next of those without frames.
     pub fn add(&mut self, index: u32) {
         self.devices.insert(self.devices.len() - self.busy, index);
+    }
+
+    /// Whether this is one.
+    pub fn contains(&self, index: u32) -> bool {
+        self.devices.contains(&index)
     }
 
     /// Forgets one that is no port any more.
@@ -45,18 +57,27 @@ impl Settling {
         self.busy = self.devices.iter().rev().take_while(|index| busy.contains(index)).count();
     }
 
-    /// Until the next ones are to be moved; none if there are none.
-    pub fn interval(&self) -> Option<Duration> {
-        match self.devices.len() {
-            0 => None,
-            silent if self.busy == 0 && silent > MANY => Some(LATER),
-            _ => Some(SOON),
-        }
+    fn interval(&self) -> Duration {
+        if self.busy == 0 && self.devices.len() > MANY { LATER } else { SOON }
     }
 
-    /// The next ones.
-    pub fn take(&mut self) -> impl Iterator<Item = u32> + use<> {
-        let count = if self.interval() == Some(LATER) { 1 } else { AT_ONCE };
+    /// How long nothing must happen until some can be moved; `None` if there are none.
+    pub fn wait(&self, now: Instant) -> Option<Duration> {
+        let left = (self.last + self.interval()).saturating_duration_since(now);
+        (!self.is_empty()).then_some(left.max(SOON))
+    }
+
+    /// The next ones, if it is time for them.
+    pub fn take(&mut self, now: Instant) -> impl Iterator<Item = u32> + use<> {
+        let interval = self.interval();
+        let count = match now.saturating_duration_since(self.last) < interval {
+            true => 0,
+            false if interval == LATER => 1,
+            false => AT_ONCE,
+        };
+        if count > 0 {
+            self.last = now;
+        }
         let rest = self.devices.len().saturating_sub(count);
         self.busy = self.busy.saturating_sub(count);
         self.devices.split_off(rest).into_iter().rev()
@@ -74,27 +95,32 @@ mod tests {
 
     #[test]
     fn devices_with_frames_come_first_and_many_silent_ones_wait() {
-        let mut settling = Settling::default();
-        assert_eq!(settling.interval(), None);
+        let start = Instant::now();
+        let mut settling = Settling::new(start);
+        assert_eq!(settling.wait(start), None);
         (1..=100).for_each(|index| settling.add(index));
-        assert_eq!(settling.interval(), Some(LATER));
-        assert_eq!(settling.take().collect::<Vec<_>>(), [100]);
+        assert_eq!(settling.wait(start), Some(LATER));
+        assert_eq!(settling.take(start + SOON).count(), 0);
+        // Whoever has just made a device is about to do more with it.
+        assert_eq!(settling.wait(start + LATER), Some(SOON));
+        assert_eq!(settling.take(start + LATER).collect::<Vec<_>>(), [100]);
+        assert_eq!(settling.take(start + LATER + SOON).count(), 0);
         settling.prefer(&HashSet::from([50, 70, 1]));
-        assert_eq!(settling.interval(), Some(SOON));
         settling.forget(70);
-        let next: Vec<u32> = settling.take().collect();
+        let next: Vec<u32> = settling.take(start + LATER + SOON).collect();
         assert!(next.len() == AT_ONCE && next.first() == Some(&50), "{next:?}");
-        assert_eq!(settling.interval(), Some(LATER));
+        assert_eq!(settling.take(start + LATER + 2 * SOON).count(), 0);
         (1..=100).for_each(|index| settling.forget(index));
-        assert!(settling.is_empty() && settling.interval().is_none());
+        assert!(settling.is_empty() && settling.wait(start).is_none());
     }
 
     #[test]
     fn few_are_moved_soon() {
-        let mut settling = Settling::default();
+        let start = Instant::now();
+        let mut settling = Settling::new(start);
         (1..=6).for_each(|index| settling.add(index));
-        assert_eq!(settling.interval(), Some(SOON));
-        assert_eq!(settling.take().collect::<Vec<_>>(), [6, 5, 4, 3]);
-        assert_eq!(settling.take().collect::<Vec<_>>(), [2, 1]);
+        assert_eq!(settling.wait(start), Some(SOON));
+        assert_eq!(settling.take(start + SOON).collect::<Vec<_>>(), [6, 5, 4, 3]);
+        assert_eq!(settling.take(start + 2 * SOON).collect::<Vec<_>>(), [2, 1]);
     }
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long after a program has counted a frame the device may drop it.
-const DROP_DELAY: Duration = Duration::from_secs(2);
+pub const DROP_DELAY: Duration = Duration::from_secs(2);
 
 /// A port's part of the kernel path.
 #[derive(Debug)]
@@ -95,9 +95,12 @@ impl PortPath {
         }
     }
 
-    fn records_since(&self, earliest: Instant) -> Result<[[u64; Record::LEN]; 2], BpfError> {
+    fn records_since(
+        &self,
+        earliest: Option<Instant>,
+    ) -> Result<[[u64; Record::LEN]; 2], BpfError> {
         if let Some((when, records)) = *self.read.borrow()
-            && when >= earliest
+            && earliest.is_none_or(|earliest| when >= earliest)
         {
             return Ok(records);
         }
@@ -116,7 +119,7 @@ impl PortPath {
     /// that it has dropped nothing of ours. It drops after the program has counted.
     pub fn to_be_asked(&mut self, now: Instant) -> Option<u32> {
         let target = self.target?;
-        let records = self.records_since(now).ok();
+        let records = self.records_since(Some(now)).ok();
         let sent = records.and_then(|[_, to_guest]| to_guest.get(Record::OUT_FRAMES).copied());
         match (self.sent, sent) {
             (Some((before, since)), Some(sent)) if before == sent => {
@@ -148,12 +151,12 @@ impl PortPath {
     }
 
     /// Whether there were frames, since it was last asked, that only the packet path could
-    /// have passed on.
+    /// have passed on: by what was last read.
     ///
     /// # Errors
     /// None that a working kernel gives.
-    pub fn take_unable(&mut self, now: Instant) -> Result<bool, BpfError> {
-        let [record, _] = self.records_since(now)?;
+    pub fn take_unable(&mut self) -> Result<bool, BpfError> {
+        let [record, _] = self.records_since(None)?;
         let unable = record.get(Record::UNABLE).copied().unwrap_or_default();
         Ok(std::mem::replace(&mut self.unable, unable) < unable)
     }
@@ -163,15 +166,18 @@ impl PortPath {
     /// # Errors
     /// None that a working kernel gives.
     pub fn flows(&self) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
-        self.flows_since(Instant::now())
+        self.flows_since(Some(Instant::now()))
     }
 
-    /// What was counted from and to the guest at some moment since `earliest`: what was read
-    /// since then is not read again.
+    /// What was counted from and to the guest at some moment since `earliest`, or at any:
+    /// what was read since then is not read again.
     ///
     /// # Errors
     /// None that a working kernel gives.
-    pub fn flows_since(&self, earliest: Instant) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
+    pub fn flows_since(
+        &self,
+        earliest: Option<Instant>,
+    ) -> Result<(FlowSnapshot, FlowSnapshot), BpfError> {
         let [from_guest, to_guest] = self.records_since(earliest)?;
         let from_guest = snapshot(&from_guest);
         let mut to_guest = snapshot(&to_guest);

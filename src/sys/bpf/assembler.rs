@@ -182,6 +182,7 @@ const CLASS_ALU64: u8 = 0x07;
 const MODE_IMM: u8 = 0x00;
 const MODE_ABS: u8 = 0x20;
 const MODE_MEM: u8 = 0x60;
+const MODE_ATOMIC: u8 = 0xc0;
 const SOURCE_REGISTER: u8 = 0x08;
 const JUMP_ALWAYS: u8 = 0x00;
 const CALL: u8 = 0x80;
@@ -309,6 +310,12 @@ impl Program {
                 self.push(CLASS_ST | MODE_MEM | width as u8, base, R0, offset, immediate)
             }
         }
+    }
+
+    /// `*(u64 *)(base + offset) += source`, whoever else does so at the same time.
+    pub fn add_atomically(&mut self, base: Register, offset: i16, source: Register) -> &mut Self {
+        let code = CLASS_STX | MODE_ATOMIC | Width::Double as u8;
+        self.push(code, base, source, offset, Alu::Add as i32)
     }
 
     /// `R0 = frame[offset]`, converted from network order. The context must be in
@@ -455,6 +462,7 @@ mod tests {
             .store(Width::Word, R10, -4, R7)
             .store(Width::Double, R0, 0, R1)
             .store(Width::Word, R10, -8, 5)
+            .add_atomically(R0, 8, R1)
             .load_absolute(Width::Half, 12)
             .call(Helper::VlanPush)
             .exit();
@@ -478,6 +486,7 @@ mod tests {
                 [0x63, 0x7a, 0xfc, 0xff, 0, 0, 0, 0],
                 [0x7b, 0x10, 0, 0, 0, 0, 0, 0],
                 [0x62, 0x0a, 0xf8, 0xff, 5, 0, 0, 0],
+                [0xdb, 0x10, 8, 0, 0, 0, 0, 0],
                 [0x28, 0x00, 0, 0, 12, 0, 0, 0],
                 [0x85, 0x00, 0, 0, 18, 0, 0, 0],
                 [0x95, 0x00, 0, 0, 0, 0, 0, 0],

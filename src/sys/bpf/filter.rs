@@ -7,9 +7,10 @@
 //! Three maps tie it to us. `claims`, an array by VID, holds a bit for each TPID in
 //! the order 0x8100, 0x88a8, 0x9100, 0x9200 (`crate::frame::Tpid::ALL`); bit 4 of
 //! entry 0 claims frames without any tag. A VID 0 tag is looked up like any other.
-//! `seen`, a per-CPU array, counts the tagged frames that were rejected, so that
-//! an operator can be told which VLANs are on the wire and mapped nowhere; `sources`,
-//! an array, holds the source address of the last of them, to tell who that is (22 ns
+//! `seen`, an array, counts the tagged frames that were rejected, so that an operator
+//! can be told which VLANs are on the wire and mapped nowhere (one count for all CPUs: a
+//! copy for each takes 10 ms longer to make, and a restart waits for it); `sources`,
+//! another, holds the source address of the last of them, to tell who that is (22 ns
 //! for each of these frames, 66 before; nothing for all others).
 //!
 //! The outermost tag is in the context when the NIC or the kernel took it out
@@ -20,7 +21,7 @@
 use super::assembler::{
     Alu, AssemblyError, Condition, Helper, Instruction, Program, R0, R1, R2, R6, R7, R8, R10, Width,
 };
-use super::map::{ArrayMap, PerCpuArrayMap, WideArrayMap};
+use super::map::{ArrayMap, WideArrayMap};
 use super::path::{Dispatch, Record};
 use super::skb;
 use super::syscall::{BpfError, ProgramKind, load};
@@ -40,7 +41,7 @@ const WHOLE: i32 = i32::MAX;
 #[derive(Debug)]
 pub struct UplinkFilter {
     claims: ArrayMap,
-    seen: PerCpuArrayMap,
+    seen: WideArrayMap,
     sources: WideArrayMap,
     program: OwnedFd,
 }
@@ -54,7 +55,7 @@ impl UplinkFilter {
     /// [`BpfError::NotPermitted`], or the kernel is out of memory.
     pub fn new(records: Option<BorrowedFd<'_>>) -> Result<Self, BpfError> {
         let claims = ArrayMap::create("vlansw_claims", VIDS)?;
-        let seen = PerCpuArrayMap::create("vlansw_seen", VIDS * TPIDS.len() as u32)?;
+        let seen = WideArrayMap::create("vlansw_seen", VIDS * TPIDS.len() as u32)?;
         let sources = WideArrayMap::create("vlansw_sources", VIDS * TPIDS.len() as u32)?;
         let counts = (seen.as_fd(), sources.as_fd());
         let instructions = uplink_filter(claims.as_fd(), counts, records)?;
@@ -128,7 +129,7 @@ impl UplinkFilter {
     /// # Errors
     /// None that a working kernel gives.
     pub fn seen(&self) -> Result<impl Iterator<Item = (usize, u16, u64)>, BpfError> {
-        let counts = self.seen.sums()?;
+        let counts = self.seen.values()?;
         let rows = counts.into_iter().enumerate().filter(|&(_, frames)| frames != 0);
         let vids = VIDS as usize;
         Ok(rows.map(move |(index, frames)| (index / vids, (index % vids) as u16, frames)))
@@ -234,7 +235,7 @@ fn uplink_filter(
     program.alu(Alu::ShiftLeft, R8, VIDS.trailing_zeros() as i32).alu(Alu::Or, R8, R7);
     program.store(Width::Word, R10, -4, R8).load_map(R1, seen).mov(R2, R10).alu(Alu::Add, R2, -4);
     program.call(Helper::MapLookup).jump_if(R0, Condition::Equal, 0, reject);
-    program.load(Width::Double, R1, R0, 0).alu(Alu::Add, R1, 1).store(Width::Double, R0, 0, R1);
+    program.mov(R1, 1).add_atomically(R0, 0, R1);
     program.load_map(R1, sources).mov(R2, R10).alu(Alu::Add, R2, -4);
     program.call(Helper::MapLookup).jump_if(R0, Condition::Equal, 0, reject).mov(R7, R0);
     // One store, so that an address is never half of two.

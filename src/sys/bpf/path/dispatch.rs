@@ -71,7 +71,7 @@ pub fn dispatcher_program(dispatch: &Dispatch<'_>) -> Result<Vec<Instruction>, A
     program.place(unclaimed).store(Width::Word, R10, KEY, R7);
     look_up_key(&mut program, dispatch.seen);
     program.jump_if(R0, Condition::Equal, 0, pass);
-    program.load(Width::Double, R1, R0, 0).alu(Alu::Add, R1, 1).store(Width::Double, R0, 0, R1);
+    program.mov(R1, 1).add_atomically(R0, 0, R1);
     look_up_key(&mut program, dispatch.sources);
     program.jump_if(R0, Condition::Equal, 0, pass).mov(R8, R0);
     program.mov(R1, R6).mov(R2, MACS / 2).mov(R3, R10);
