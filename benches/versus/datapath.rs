@@ -133,6 +133,11 @@ fn is_foreign(words: &[String]) -> bool {
     words.iter().any(|word| word == "{tap}")
 }
 
+/// The device of a daemon's port beside the first, from 1 on.
+pub fn other_tap(number: usize) -> String {
+    format!("tap{number}")
+}
+
 /// macvtap passthru on a device of the host.
 pub fn start_macvtap(host: &Namespace, lower: &str, scratch: &Path) -> Result<Running> {
     host.command(&format!(
@@ -176,7 +181,8 @@ fn start_daemon(
     let map = format!("{VLAN}={TAP}{option}");
     arguments.extend(["--uplink".into(), UPLINK.into(), "--map".into(), map]);
     for extra in 1..ports {
-        arguments.extend(["--map".into(), format!("{}=tap{extra}", usize::from(VLAN) + extra)]);
+        let map = format!("{}={}", usize::from(VLAN) + extra, other_tap(extra));
+        arguments.extend(["--map".into(), map]);
     }
     let (child, log) = start_logged(host, "daemon", &program, &arguments, scratch)?;
     let mut running = Children(vec![child]);

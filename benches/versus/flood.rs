@@ -237,6 +237,32 @@ pub fn cost(scene: &Scene, direction: Direction, length: usize, bench: &Bench) -
     ))
 }
 
+/// Guests with a port each, all sending as fast as they can.
+pub fn guests(datapath: &Datapath, count: usize, bench: &Bench) -> Result<Outcome> {
+    let scene = Scene::with_sink(datapath, bench.scratch, count)?;
+    let others = (1..count).map(|number| scene.other_guest(number)).collect::<Result<Vec<_>>>()?;
+    let senders = std::iter::once(&scene.datapath.guest)
+        .chain(&others)
+        .map(|guest| guest_sender(guest, 60, Pace::Flood, u64::MAX, bench.processors))
+        .collect::<Result<Vec<_>>>()?;
+    let sent = || senders.iter().map(Worker::count).sum();
+    let ([sent, delivered], usage) = window(bench, || Ok([sent(), scene.sunk()?]))?;
+    for sender in senders {
+        sender.stop()?;
+    }
+    if delivered == 0.0 {
+        bail!("no frame arrived");
+    }
+    Ok(Outcome::new(
+        [
+            ("offered_mpps", sent / 1e6),
+            ("delivered_mpps", delivered / 1e6),
+            ("busy_ns_per_frame", usage.busy / usage.seconds / delivered * 1e9),
+        ],
+        &usage,
+    ))
+}
+
 /// Processor time of the datapath's programs, all threads, in nanoseconds.
 fn processor_time(scene: &Scene) -> Result<u64> {
     let mut time = 0;

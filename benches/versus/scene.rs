@@ -10,6 +10,7 @@
 //! the far switch, on kernels without VLAN devices. A fresh bed is made for each measurement,
 //! so that no datapath inherits queues, caches or memory from another.
 
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -22,7 +23,7 @@ use vlanswitchd::sys::bpf::{
     attach_xdp, load, vlan_pop_program, vlan_push_program, xdp_count_drop_program,
 };
 
-use super::datapath::{Datapath, GUEST_ADDRESS, Running, UPLINK, VLAN, wait_for_xdp};
+use super::datapath::{Datapath, GUEST_ADDRESS, Running, UPLINK, VLAN, other_tap, wait_for_xdp};
 use super::kernel;
 use super::namespace::Namespace;
 use super::traffic::{Worker, pump};
@@ -130,6 +131,11 @@ impl Scene {
             }
         }
         Ok(scene)
+    }
+
+    /// The guest's end of another of the daemon's ports, from 1 on.
+    pub fn other_guest(&self, number: usize) -> Result<File> {
+        self.host.run(move || kernel::open_tap(&other_tap(number), true))?
     }
 
     /// Frames the sink has counted.

@@ -78,6 +78,12 @@ pub enum Workload {
         /// Octets of a frame.
         length: usize,
     },
+    /// So many guests, each with a port of its own, send 60-octet frames to the wire as fast as
+    /// they can.
+    Guests {
+        /// How many.
+        count: usize,
+    },
     /// As the smallest floods, with so many ports mapped of which one has traffic.
     Ports {
         /// Mapped ports.
@@ -156,6 +162,7 @@ impl Workload {
             all.extend([60, 1514].map(|length| Self::Cost { direction, length }));
         }
         all.push(Self::Cost { direction: Direction::FromNic, length: 60 });
+        all.push(Self::Guests { count: 2 });
         all.extend([1, 10, 100, 1000].map(|count| Self::Ports { count }));
         all
     }
@@ -172,6 +179,7 @@ impl Workload {
             Self::RoundTrip { pause, .. } if pause.is_zero() => "rtt-back-to-back".into(),
             Self::RoundTrip { .. } => "rtt-idle".into(),
             Self::Cost { direction, length } => format!("cost-{}-{length}", direction.name()),
+            Self::Guests { count } => format!("guests-{count}"),
             Self::Ports { count } => format!("ports-{count}"),
         }
     }
@@ -187,7 +195,9 @@ impl Workload {
     /// The figures to compare, most telling first, and whether more is better.
     pub fn headline(self) -> &'static [(&'static str, bool)] {
         match self {
-            Self::Flood { .. } => &[("delivered_mpps", true), ("busy_ns_per_frame", false)],
+            Self::Flood { .. } | Self::Guests { .. } => {
+                &[("delivered_mpps", true), ("busy_ns_per_frame", false)]
+            }
             Self::Throughput { .. } => &[
                 ("lossless_mpps", true),
                 ("generator_bound", false),
@@ -220,7 +230,9 @@ impl Workload {
                 Some("only what its guest sends goes another way than on the kernel path")
             }
             Self::Tcp { .. } => datapath.cannot_offload(),
-            Self::Ports { count } if count > 1 && !datapath.has_many_ports() => {
+            Self::Ports { count } | Self::Guests { count }
+                if count > 1 && !datapath.has_many_ports() =>
+            {
                 Some("one port is all this harness sets up for it")
             }
             _ => None,
@@ -268,6 +280,7 @@ impl Workload {
             Self::Cost { direction, length } => {
                 flood::cost(&scene(direction, datapath, bench, 1)?, direction, length, bench)
             }
+            Self::Guests { count } => flood::guests(datapath, count, bench),
             Self::Ports { count } => flood::ports(datapath, count, bench),
         };
         Processors::Free.take_rest()?;

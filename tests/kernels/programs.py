@@ -1,6 +1,7 @@
 """What cargo builds, and where it is."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import kernels  # noqa: F401  which says where `image` is
 import image
 
 
-def executables(*words):
+def executables(*words, **environment):
     """Builds by these words of cargo, or of a script like it; returns paths by kind and name."""
     done = subprocess.run(
         [*words, "--message-format", "json-render-diagnostics"], cwd=image.ROOT, stdout=subprocess.PIPE, check=False,
+        env={**os.environ, **environment},
     )
     if done.returncode:
         sys.exit("cannot build what is to run there")
