@@ -29,7 +29,7 @@ use vlanswitchd::control::api::{
 };
 use vlanswitchd::control::client::Client;
 use vlanswitchd::dataplane::kernel::DISPATCHER_NAME;
-use vlanswitchd::sys::bpf::{Direction, detach_tc, is_attached_tc};
+use vlanswitchd::sys::bpf::{Direction, detach_tc, is_attached_tc, tcx};
 
 const VLAN: TagBytes = tag(0x8100, 101);
 
@@ -701,6 +701,74 @@ fn a_full_queue_and_an_absent_guest_are_counted() {
     let port = port.port("t0");
     assert_eq!(full + got, FRAMES, "{port:?}");
     assert_eq!(port.to_guest.out_frames, got);
+    ended(daemon, Signal::SIGTERM);
+    bench.give_back();
+}
+
+/// Arguments for this many ports on the kernel path, `t1` with VLAN 1 and so on.
+fn many(count: u16) -> Vec<String> {
+    let maps = (1..=count).flat_map(|vid| ["--map".to_owned(), format!("{vid}=t{vid}")]);
+    maps.chain(["--datapath".to_owned(), "kernel".to_owned()]).collect()
+}
+
+fn says(daemon: &Daemon, words: &[&str]) {
+    eventually(&format!("it says {words:?}"), || {
+        let lines = daemon.stderr();
+        lines.iter().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
+    });
+}
+
+/// Of many ports those that are silent are looked at in turns: what one of them loses is told
+/// nevertheless.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn what_a_port_loses_that_was_silent_among_many_is_told() {
+    let bench = Bench::new();
+    let arguments = many(204);
+    let daemon = bench.start(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let guests = ["t40", "t41", "t42", "t43"].map(|tap| (tap, bench.lab.raw_guest(tap)));
+    daemon.attached(&["t40", "t41", "t42", "t43"]);
+    // Until they rest: by the clock, as nothing shows it. One of each turn.
+    std::thread::sleep(Duration::from_secs(7));
+    let wire = bench.lab.wire();
+    for (vid, _) in (40..).zip(&guests) {
+        for number in 0..3000 {
+            wire.send(&Frame::numbered(number).tags(&[tag(0x8100, vid)]));
+        }
+    }
+    for (tap, _) in &guests {
+        says(&daemon, &[&format!("{tap}: "), "frames dropped because a queue was full"]);
+    }
+    ended(daemon, Signal::SIGTERM);
+    bench.give_back();
+}
+
+/// A seal where nobody is told of its going is looked after from the start, also of many that
+/// an earlier run has put there.
+#[test]
+#[ignore = "needs root: makes network namespaces"]
+fn a_seal_taken_from_one_of_many_after_a_restart_is_put_back() {
+    if !kernel_is_at_least(6, 6) {
+        // Without TCX its going is notified, wherever it is.
+        return;
+    }
+    let bench = Bench::new();
+    let arguments = many(66);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let before = bench.start(&arguments);
+    let index = bench.index("t30");
+    let has_seal = || {
+        let programs = bench.lab.host.enter(|| tcx::programs(index, Direction::Ingress));
+        programs.map(|programs| programs.iter().any(|program| program.name == "vlansw_seal"))
+    };
+    eventually("its seal has moved", || has_seal().unwrap().then_some(()));
+    ended(before, Signal::SIGKILL);
+    let daemon = bench.start(&arguments);
+    assert!(has_seal().unwrap());
+    let unseal = || detach_tc("vlansw_seal", index, Direction::Ingress).unwrap();
+    assert!(bench.lab.host.enter(unseal));
+    says(&daemon, &["t30: ", "sealed again"]);
+    assert!(has_seal().unwrap());
     ended(daemon, Signal::SIGTERM);
     bench.give_back();
 }

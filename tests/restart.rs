@@ -12,7 +12,7 @@
 
 mod lab;
 
-use lab::both_ways::{Arrived, assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
+use lab::both_ways::{assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::raw::Held;
 use lab::{Daemon, Lab, Manager, Wire, assert_same, eventually};
@@ -121,7 +121,7 @@ fn every_frame_arrives_once_through_many_restarts_by_the_store() {
             let next = daemon.insert(manager.start(&lab, &arguments));
             gaps.push(gap(next));
             eventually("all is the daemon's", || manager.stored().is_empty().then_some(()));
-            arrived.flows();
+            arrived.flows_through(next);
         }
     });
     print_gaps(gaps, sent, rate);
@@ -159,7 +159,7 @@ fn every_frame_arrives_once_through_many_restarts_of_two_workers_by_the_store() 
             gaps.push(gap(next));
             eventually("all is the daemon's", || manager.stored().is_empty().then_some(()));
             assert_eq!(workers(&control), before, "ports stay with their workers");
-            arrived.into_iter().for_each(Arrived::flows);
+            arrived.into_iter().for_each(|flow| flow.flows_through(next));
         }
     });
     print_gaps(gaps, sum(sent), rate);

@@ -11,7 +11,7 @@
 
 mod lab;
 
-use lab::both_ways::{Arrived, assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
+use lab::both_ways::{assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::{Daemon, Lab, eventually};
 use nix::sys::signal::Signal;
@@ -97,7 +97,7 @@ fn every_frame_arrives_once_through_many_restarts() {
             let next = place.start(&lab, &[&maps[..], &["--takeover"]].concat());
             ended(std::mem::replace(&mut daemon, next));
             gaps.push(gap(&daemon));
-            arrived.flows();
+            arrived.flows_through(&daemon);
         }
     });
     print_gaps(gaps, sent, rate);
@@ -134,7 +134,7 @@ fn every_frame_arrives_once_through_many_restarts_of_two_workers() {
             ended(std::mem::replace(&mut daemon, next));
             gaps.push(gap(&daemon));
             assert_eq!(place.client().workers(), before, "ports stay with their workers");
-            arrived.into_iter().for_each(Arrived::flows);
+            arrived.into_iter().for_each(|flow| flow.flows_through(&daemon));
         }
     });
     print_gaps(gaps, sum(sent), rate);

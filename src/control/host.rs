@@ -445,11 +445,16 @@ impl Host {
         }
     }
 
+    /// Whether a device's seal is where it costs least, or as good as it gets here.
+    pub fn is_settled(&self, index: u32) -> bool {
+        bpf::tcx::holds(SEAL_NAME, index, Direction::Ingress).unwrap_or(true)
+    }
+
     /// Puts a seal back that somebody has taken from a device's TCX hook, of which no
     /// notification comes. Returns what people should know.
     pub fn look_at_seal(&mut self, name: &str, index: u32) -> Option<String> {
         // Without TCX, or on its way there, it stands where its going is notified.
-        let stands = bpf::tcx::holds(SEAL_NAME, index, Direction::Ingress).unwrap_or(true)
+        let stands = self.is_settled(index)
             || is_attached_tc(SEAL_NAME, index, Direction::Ingress).unwrap_or(true);
         if stands { None } else { self.keep_sealed(name, index, TCX_REMOVED) }
     }

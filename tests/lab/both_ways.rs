@@ -42,6 +42,23 @@ impl Arrived {
             (now[0] > before[0] && now[1] > before[1]).then_some(())
         });
     }
+
+    /// The same through this daemon, which otherwise says what it has counted.
+    pub fn flows_through(&self, daemon: &Daemon) {
+        let before = self.now();
+        let deadline = Instant::now() + super::PATIENCE;
+        while self.now().iter().zip(before).any(|(now, before)| *now <= before) {
+            let is_late = Instant::now() > deadline;
+            assert!(
+                !is_late,
+                "frames stand still: {:?} arrived, {:#?}, {:#?}",
+                self.now(),
+                daemon.summary(),
+                daemon.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(3));
+        }
+    }
 }
 
 /// Microseconds frames had to wait, as the daemon that goes on says.

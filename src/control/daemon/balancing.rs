@@ -93,7 +93,8 @@ impl Daemon {
             let group = groups.get(position).copied().unwrap_or(position);
             let none = Moving { group, worker: port.worker, frames: 0, rests: false };
             let moving = moving.entry(group).or_insert(none);
-            moving.frames += port.watched.frames;
+            // Programs in the kernel take nothing from a worker.
+            moving.frames += if port.in_kernel { 0 } else { port.watched.frames };
             moving.rests |= port.rest > 0;
             port.rest = port.rest.saturating_sub(1);
         }

@@ -386,6 +386,8 @@ impl Daemon {
     /// operator should know.
     fn retire(&mut self, positions: &[PortIndex], noticed: bool) -> Vec<String> {
         let mut notes = Vec::new();
+        // What devices have dropped is told as dropped.
+        self.count_queues();
         for position in positions {
             self.stop_captures_of(*position);
             self.give_back(*position, None);

@@ -190,8 +190,8 @@ impl Daemon {
     ) -> Result<Prepared, StartError> {
         self.set_guard(position, link.index)?;
         let found = self.host.prepare_port(&link, created, sealing)?;
-        if found.is_none() {
-            // Not those to be given back: that would take as long again when stopping.
+        // Not those to be given back: that would take as long again when stopping.
+        if found.is_none() && !self.host.is_settled(link.index) {
             self.unsettled.add(link.index);
         }
         if let Some(port) = self.ports.get_mut(position) {

@@ -266,6 +266,19 @@ impl Daemon {
             {
                 self.tell(EventKind::Seal, Some(&name), text);
             }
+            self.take_up_settling(index);
+        }
+    }
+
+    /// Goes on with what the process before had not got to with a device that was taken over.
+    fn take_up_settling(&mut self, index: Option<u32>) {
+        let Some(index) = index else { return };
+        self.host.recognise_seal(index);
+        let port = self.ports.by_index(index);
+        let attached = port.and_then(|(_, port)| port.attached.as_ref());
+        if attached.is_some_and(|attached| attached.found.is_none()) && !self.host.is_settled(index)
+        {
+            self.unsettled.add(index);
         }
     }
 
@@ -286,6 +299,9 @@ impl Daemon {
         }
         if let Some(text) = self.host.keep_sealed(&name, index, cause) {
             self.tell(EventKind::Seal, Some(&name), text);
+        }
+        if self.host.is_settled(index) {
+            self.unsettled.forget(index);
         }
     }
 }

@@ -22,6 +22,8 @@ pub struct Settling {
     /// Those with frames at the end.
     devices: VecDeque<u32>,
     busy: usize,
+    /// All of them.
+    indexes: HashSet<u32>,
     /// When some were moved last.
     last: Instant,
 }
@@ -29,21 +31,26 @@ pub struct Settling {
 impl Settling {
     /// None yet.
     pub fn new(now: Instant) -> Self {
-        Self { devices: VecDeque::new(), busy: 0, last: now }
+        Self { devices: VecDeque::new(), busy: 0, indexes: HashSet::new(), last: now }
     }
 
     /// Adds one, the next of those without frames.
     pub fn add(&mut self, index: u32) {
-        self.devices.insert(self.devices.len() - self.busy, index);
+        if self.indexes.insert(index) {
+            self.devices.insert(self.devices.len() - self.busy, index);
+        }
     }
 
     /// Whether this is one.
     pub fn contains(&self, index: u32) -> bool {
-        self.devices.contains(&index)
+        self.indexes.contains(&index)
     }
 
     /// Forgets one that is no port any more.
     pub fn forget(&mut self, index: u32) {
+        if !self.indexes.remove(&index) {
+            return;
+        }
         let Some(place) = self.devices.iter().position(|other| *other == index) else { return };
         if place >= self.devices.len() - self.busy {
             self.busy -= 1;
@@ -80,7 +87,11 @@ impl Settling {
         }
         let rest = self.devices.len().saturating_sub(count);
         self.busy = self.busy.saturating_sub(count);
-        self.devices.split_off(rest).into_iter().rev()
+        let next = self.devices.split_off(rest);
+        for index in &next {
+            self.indexes.remove(index);
+        }
+        next.into_iter().rev()
     }
 
     /// Whether there are any.
@@ -104,6 +115,7 @@ mod tests {
         // Whoever has just made a device is about to do more with it.
         assert_eq!(settling.wait(start + LATER), Some(SOON));
         assert_eq!(settling.take(start + LATER).collect::<Vec<_>>(), [100]);
+        assert!(settling.contains(99) && !settling.contains(100));
         assert_eq!(settling.take(start + LATER + SOON).count(), 0);
         settling.prefer(&HashSet::from([50, 70, 1]));
         settling.forget(70);

@@ -1,4 +1,5 @@
-//! What the clock's ticks see: once a second the counters are looked at, to tell
+//! What the clock's ticks see: once a second the counters are looked at (those of silent
+//! ports among very many in turns), to tell
 //! since when a device is in its state, when a frame was last dropped and why, how
 //! loaded worker and rings are, and when somebody is too slow for the frames meant
 //! for it. Of the latter one line at the beginning and one every ten seconds.
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Between two ticks.
 pub const TICK: Duration = Duration::from_secs(1);
-/// Ports on the kernel path from which on silent ones are not looked at by every tick: what
+/// Ports from which on silent ones on the kernel path are not looked at by every tick: what
 /// programs have counted takes a system call for each.
 const MANY: usize = 200;
 /// But by one of so many.

@@ -2,7 +2,8 @@
 //!
 //! Arrays exist in full from the start: a lookup of a legal index never misses,
 //! and programs reach them without a lock. A per-CPU array has one copy for each
-//! possible CPU, so programs count with a plain add; we sum the copies.
+//! possible CPU, so programs count with a plain add, and we sum the copies; in one
+//! for all CPUs they add atomically.
 
 #![allow(unsafe_code, reason = "bpf(2) takes addresses")]
 
@@ -19,8 +20,6 @@ const PERCPU_ARRAY: u32 = 6;
 
 /// Values read by one system call.
 const BATCH: usize = 4096;
-/// The kernel's own "not supported", which user space has no name for.
-const ENOTSUPP: i32 = 524;
 
 pub(super) fn create(
     map_type: u32,
@@ -148,19 +147,12 @@ impl WideArrayMap {
     /// # Errors
     /// None that a working kernel gives.
     pub fn values(&self) -> Result<Vec<u64>, BpfError> {
-        match self.values_in_batches() {
-            // Linux before 5.6 has no batches, and not every kernel has them for all maps.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | ENOTSUPP)) => {
-                (0..self.entries).map(|index| self.lookup(index)).collect()
-            }
-            result => {
-                result.map_err(|error| BpfError::from_io("read all entries of a BPF map", error))
-            }
-        }
+        self.read_all()
+            .map_err(|error| BpfError::from_io("read all entries of a BPF map", error))
     }
 
-    /// Some thousand values by system call instead of one.
-    fn values_in_batches(&self) -> io::Result<Vec<u64>> {
+    /// Some thousand values by system call (Linux 5.6).
+    fn read_all(&self) -> io::Result<Vec<u64>> {
         let mut all = Vec::with_capacity(self.entries as usize);
         let mut keys = vec![0_u32; BATCH];
         let mut values = vec![0_u64; BATCH];

@@ -83,6 +83,7 @@ pub fn dispatcher_program(dispatch: &Dispatch<'_>) -> Result<Vec<Instruction>, A
         program.load(Width::Byte, R2, R10, BYTES + byte);
         program.alu(Alu::ShiftLeft, R1, 8).alu(Alu::Or, R1, R2);
     }
+    program.load(Width::Double, R2, R8, 0).jump_if(R2, Condition::Equal, R1, pass);
     program.store(Width::Double, R8, 0, R1);
     program.place(pass).mov(R0, TC_ACT_UNSPEC).exit();
     program.finish()
