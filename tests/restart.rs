@@ -15,7 +15,7 @@ mod lab;
 use lab::both_ways::{assert_counted, both_ways, both_ways_twice, gap, print_gaps, sum};
 use lab::frames::{Frame, TagBytes, tag};
 use lab::raw::Held;
-use lab::{Daemon, Lab, Manager, Wire, assert_same, eventually};
+use lab::{Daemon, Lab, Manager, Wire, assert_same, eventually, in_time};
 use nix::sys::signal::Signal;
 use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
@@ -69,22 +69,9 @@ impl Place {
 fn stopped(mut daemon: Daemon) -> Vec<String> {
     daemon.signal(Signal::SIGTERM);
     // A service manager is told at once: what waiting adds would count as the gap.
-    let deadline = Instant::now() + lab::PATIENCE;
-    let status = loop {
-        if let Some(status) = daemon.ended() {
-            break status;
-        }
-        assert!(Instant::now() < deadline, "it does not end");
-        std::thread::sleep(Duration::from_micros(200));
-    };
+    let status = in_time(Duration::from_micros(200), || daemon.ended()).expect("it ends");
     assert!(status.success(), "{status}: {:?}", daemon.stderr());
     daemon.stderr()
-}
-
-fn says(daemon: &Daemon, text: &str) {
-    eventually(&format!("it says {text:?}"), || {
-        daemon.stderr().iter().any(|line| line.contains(text)).then_some(())
-    });
 }
 
 fn has_said(daemon: &Daemon, text: &str) -> bool {
@@ -200,7 +187,7 @@ fn the_store_says_how_many_workers_go_on() {
     forwards(1);
     stopped(first);
     let next = manager.start(&lab, &place.arguments(&control, &with("1")));
-    says(&next, "going on with 2 workers, as many as the vlanswitchd before");
+    next.says(&["going on with 2 workers, as many as the vlanswitchd before"]);
     assert_eq!(workers(&control), [0, 1, 0]);
     forwards(2);
     stopped(next);
@@ -208,7 +195,7 @@ fn the_store_says_how_many_workers_go_on() {
     drop(manager.take("vlanswitchd-3"));
     manager.put("vlanswitchd-3", File::open("/dev/null").unwrap());
     let last = manager.start(&lab, &place.arguments(&control, &with("2")));
-    says(&last, "up0: cannot take over a packet socket");
+    last.says(&["up0: cannot take over a packet socket"]);
     assert_eq!(workers(&control), [0, 1, 0]);
     forwards(4);
     assert_eq!(last.summary().port("t0").to_guest.out_frames, 3);
@@ -263,7 +250,7 @@ fn what_the_manager_has_dropped_is_put_back_by_who_is_asked_to() {
     manager.discard();
     // A start goes on with what it was like, and puts that back in the end.
     let daemon = manager.start(&lab, &arguments);
-    says(&daemon, "counters start again");
+    daemon.says(&["counters start again"]);
     stopped(daemon);
     manager.discard();
     let done = lab.host.command(&lab::daemon::binary()).args(give_back).output().unwrap();
@@ -321,12 +308,12 @@ fn a_second_switch_leaves_the_devices_of_the_first_alone() {
 "
         );
         let mut second = start(lab, uplink, map);
-        says(&second, "no control socket");
+        second.says(&["no control socket"]);
         assert!(!has_said(&second, "did not stop in order"), "{:?}", second.stderr());
         second.signal(Signal::SIGKILL);
         eventually("it is dead", || second.ended());
         let third = start(lab, uplink, map);
-        says(&third, "did not stop in order");
+        third.says(&["did not stop in order"]);
         drop(third);
         // The port, and the uplink.
         assert_eq!(
@@ -399,8 +386,8 @@ fn what_cannot_be_used_is_removed_and_the_start_is_a_cold_one() {
         spoil();
         manager.put("somebody-elses", null());
         let daemon = manager.start(&lab, &arguments);
-        says(&daemon, why);
-        says(&daemon, "counters start again");
+        daemon.says(&[why]);
+        daemon.says(&["counters start again"]);
         eventually("the store is empty", || manager.stored().is_empty().then_some(()));
         daemon.attached(&["t0"]);
         forwards(&lab, &guest, number as u64 + 1);
@@ -427,7 +414,7 @@ fn a_device_that_is_another_now_costs_the_others_nothing() {
     let wire = lab.wire();
     wire.send(&Frame::numbered(2).tags(&[VLAN]));
     let daemon = manager.start(&lab, &arguments);
-    says(&daemon, "t1: cannot take over a packet socket");
+    daemon.says(&["t1: cannot take over a packet socket"]);
     assert_eq!(guest.receive_until(2).len(), 1, "it has waited in the ring");
     assert!(!has_said(&daemon, "counters start again"), "{:?}", daemon.stderr());
     let second = lab.raw_guest("t1");
@@ -469,8 +456,8 @@ fn names_and_seals_are_looked_at_before_a_port_goes_on() {
     wire.send(&Frame::numbered(2).tags(&[VLAN]));
     let daemon = manager.start(&lab, &arguments);
     assert_eq!(guest.receive_until(2).len(), 1, "it has waited in the ring");
-    says(&daemon, "found1: it is called other1 now: starting without its ring");
-    says(&daemon, "t2: something was taken from its tc hooks while no vlanswitchd ran");
+    daemon.says(&["found1: it is called other1 now: starting without its ring"]);
+    daemon.says(&["t2: something was taken from its tc hooks while no vlanswitchd ran"]);
     let (moved, reached) = (lab.raw_guest("found1"), lab.raw_guest("t2"));
     daemon.attached(&["t0", "found1", "t2"]);
     assert!(sealed("t2") && sealed("found1") && !sealed("other1"));
@@ -556,7 +543,7 @@ fn a_killed_switch_leaves_vms_attached_and_sealed() {
         assert!(place.files().contains(&Place::record(&lab)));
         let next = lab.daemon(&arguments);
         println!("--sandbox {sandbox}: forwarding {:?} after the start", next.started_in);
-        says(&next, "counters start again");
+        next.says(&["counters start again"]);
         next.attached(&["t0", "found0"]);
         for guest in &guests {
             guest.clear();
@@ -626,7 +613,7 @@ fn a_stuck_worker_is_told_and_the_manager_hears_nothing() {
     assert!(!status().workers[0].stuck);
     let held = Held::hold(worker_of(&daemon));
     let begin = Instant::now();
-    says(&daemon, "the worker does not answer: no frame is being forwarded");
+    daemon.says(&["the worker does not answer: no frame is being forwarded"]);
     let noticed = begin.elapsed();
     println!("a stuck worker was noticed after {noticed:?}");
     assert!(noticed < Duration::from_secs(5), "{noticed:?}");
@@ -636,7 +623,7 @@ fn a_stuck_worker_is_told_and_the_manager_hears_nothing() {
     // systemd would have it restarted now.
     eventually("the watchdog's time is over", || (manager.unpinged_for() > watchdog).then_some(()));
     drop(held);
-    says(&daemon, "the worker answers again");
+    daemon.says(&["the worker answers again"]);
     eventually("it is well again", || (manager.unpinged_for() < watchdog).then_some(()));
     assert!(!status().workers[0].stuck);
     let text = shown();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::datapath::Datapath;
-use super::machine::{Processors, Sample};
+use super::machine::{Processors, Sample, Usage};
 use super::scene::{FAR_DEVICE, Scene};
 use super::traffic::{Pace, Worker, guest_receiver, guest_sender, wire_sender};
 use super::workload::{Bench, Direction, Outcome, window};
@@ -159,6 +159,11 @@ pub fn flood(scene: &Scene, direction: Direction, length: usize, bench: &Bench) 
     let sender = path.send(Pace::Flood, u64::MAX)?;
     let ([sent, delivered], usage) = window(bench, || Ok([sender.count(), path.arrived()?]))?;
     sender.stop()?;
+    figures(sent, delivered, &usage)
+}
+
+/// Of frames a second that were sent, and that arrived.
+fn figures(sent: f64, delivered: f64, usage: &Usage) -> Result<Outcome> {
     if delivered == 0.0 {
         bail!("no frame arrived");
     }
@@ -168,7 +173,7 @@ pub fn flood(scene: &Scene, direction: Direction, length: usize, bench: &Bench) 
             ("delivered_mpps", delivered / 1e6),
             ("busy_ns_per_frame", usage.busy / usage.seconds / delivered * 1e9),
         ],
-        &usage,
+        usage,
     ))
 }
 
@@ -250,17 +255,7 @@ pub fn guests(datapath: &Datapath, count: usize, bench: &Bench) -> Result<Outcom
     for sender in senders {
         sender.stop()?;
     }
-    if delivered == 0.0 {
-        bail!("no frame arrived");
-    }
-    Ok(Outcome::new(
-        [
-            ("offered_mpps", sent / 1e6),
-            ("delivered_mpps", delivered / 1e6),
-            ("busy_ns_per_frame", usage.busy / usage.seconds / delivered * 1e9),
-        ],
-        &usage,
-    ))
+    figures(sent, delivered, &usage)
 }
 
 /// Processor time of the datapath's programs, all threads, in nanoseconds.

@@ -37,7 +37,7 @@ PARTS = {
 }
 # How much less there is to transfer than on a real processor.
 SCALE = "512"
-# A kernel's run takes four minutes or five on two processors; twice that is no run any more.
+# A kernel's run takes five minutes or so on two processors; twice that is no run any more.
 PATIENCE = 700.0
 
 

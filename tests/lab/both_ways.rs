@@ -2,7 +2,7 @@
 //! order, while something happens to the switch.
 
 use super::frames::{Frame, TagBytes};
-use super::{Daemon, Lab, RawGuest, Summary, eventually};
+use super::{Daemon, Lab, RawGuest, Summary, eventually, in_time};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -36,28 +36,24 @@ impl Arrived {
 impl Arrived {
     /// Waits until frames flow on both ways.
     pub fn flows(&self) {
-        let before = self.now();
-        eventually("frames flow on both ways", || {
-            let now = self.now();
-            (now[0] > before[0] && now[1] > before[1]).then_some(())
-        });
+        assert!(self.do_flow(), "frames stand still: {:?} arrived", self.now());
     }
 
     /// The same through this daemon, which otherwise says what it has counted.
     pub fn flows_through(&self, daemon: &Daemon) {
-        let before = self.now();
-        let deadline = Instant::now() + super::PATIENCE;
-        while self.now().iter().zip(before).any(|(now, before)| *now <= before) {
-            let is_late = Instant::now() > deadline;
-            assert!(
-                !is_late,
-                "frames stand still: {:?} arrived, {:#?}, {:#?}",
-                self.now(),
-                daemon.summary(),
-                daemon.stderr()
-            );
-            std::thread::sleep(Duration::from_millis(3));
+        if !self.do_flow() {
+            let (arrived, counted) = (self.now(), daemon.summary());
+            panic!("frames stand still: {arrived:?} arrived, {counted:#?}, {:#?}", daemon.stderr());
         }
+    }
+
+    fn do_flow(&self) -> bool {
+        let before = self.now();
+        let flow = || {
+            let now = self.now();
+            (now[0] > before[0] && now[1] > before[1]).then_some(())
+        };
+        in_time(Duration::from_millis(3), flow).is_some()
     }
 }
 

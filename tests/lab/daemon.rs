@@ -149,6 +149,14 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).expect("the daemon runs");
     }
 
+    /// Waits for a line of its log with all of these words.
+    pub fn says(&self, words: &[&str]) {
+        eventually(&format!("it says {words:?}"), || {
+            let lines = self.stderr();
+            lines.iter().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
+        });
+    }
+
     /// Its counters now (SIGUSR1).
     pub fn summary(&self) -> Summary {
         let count =

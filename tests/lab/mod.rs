@@ -80,14 +80,19 @@ pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
 
 /// Asks `probe` until it answers, and fails the test if it has not after
 /// [`PATIENCE`].
-pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+pub fn eventually<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
+    in_time(Duration::from_millis(3), probe).unwrap_or_else(|| panic!("never happened: {what}"))
+}
+
+/// The same, asking at this interval; `None` after [`PATIENCE`].
+pub fn in_time<T>(interval: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        if let Some(answer) = probe() {
+        let answer = probe();
+        if answer.is_some() || Instant::now() >= deadline {
             return answer;
         }
-        assert!(Instant::now() < deadline, "never happened: {what}");
-        std::thread::sleep(Duration::from_millis(3));
+        std::thread::sleep(interval);
     }
 }
 

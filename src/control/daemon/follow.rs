@@ -256,29 +256,23 @@ impl Daemon {
     /// Seals ports again that were taken over and are no longer sealed: nobody has watched
     /// them meanwhile.
     pub(super) fn look_at_seals(&mut self) {
-        let ports = self.ports.iter().map(|(_, port)| (port.index(), port.config.device.clone()));
-        let ports: Vec<(Option<u32>, String)> = ports.collect();
-        for (index, name) in ports {
+        let ports = self.ports.iter().filter_map(|(_, port)| {
+            let attached = port.attached.as_ref()?;
+            Some((attached.index?, attached.found.is_none(), port.config.device.clone()))
+        });
+        let ports: Vec<(u32, bool, String)> = ports.collect();
+        for (index, is_ours, name) in ports {
             // What the kernel does not tell is as a start finds it.
-            if let Some(index) = index
-                && !is_sealed(index).unwrap_or(true)
+            if !is_sealed(index).unwrap_or(true)
                 && let Some(text) = self.host.keep_sealed(&name, index, UNWATCHED)
             {
                 self.tell(EventKind::Seal, Some(&name), text);
             }
-            self.take_up_settling(index);
-        }
-    }
-
-    /// Goes on with what the process before had not got to with a device that was taken over.
-    fn take_up_settling(&mut self, index: Option<u32>) {
-        let Some(index) = index else { return };
-        self.host.recognise_seal(index);
-        let port = self.ports.by_index(index);
-        let attached = port.and_then(|(_, port)| port.attached.as_ref());
-        if attached.is_some_and(|attached| attached.found.is_none()) && !self.host.is_settled(index)
-        {
-            self.unsettled.add(index);
+            // The process before may not have got to settling it.
+            self.host.recognise_seal(index);
+            if is_ours && !self.host.is_settled(index) {
+                self.unsettled.add(index);
+            }
         }
     }
 

@@ -46,7 +46,7 @@ impl Settling {
         self.indexes.contains(&index)
     }
 
-    /// Forgets one that is no port any more.
+    /// Forgets one that is no port any more, or needs no move.
     pub fn forget(&mut self, index: u32) {
         if !self.indexes.remove(&index) {
             return;
@@ -77,14 +77,12 @@ impl Settling {
     /// The next ones, if it is time for them.
     pub fn take(&mut self, now: Instant) -> impl Iterator<Item = u32> + use<> {
         let interval = self.interval();
-        let count = match now.saturating_duration_since(self.last) < interval {
-            true => 0,
-            false if interval == LATER => 1,
-            false => AT_ONCE,
-        };
-        if count > 0 {
+        let count = if now.saturating_duration_since(self.last) < interval {
+            0
+        } else {
             self.last = now;
-        }
+            if interval == LATER { 1 } else { AT_ONCE }
+        };
         let rest = self.devices.len().saturating_sub(count);
         self.busy = self.busy.saturating_sub(count);
         let next = self.devices.split_off(rest);

@@ -147,8 +147,7 @@ impl WideArrayMap {
     /// # Errors
     /// None that a working kernel gives.
     pub fn values(&self) -> Result<Vec<u64>, BpfError> {
-        self.read_all()
-            .map_err(|error| BpfError::from_io("read all entries of a BPF map", error))
+        self.read_all().map_err(|error| BpfError::from_io("read all entries of a BPF map", error))
     }
 
     /// Some thousand values by system call (Linux 5.6).
