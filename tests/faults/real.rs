@@ -456,11 +456,14 @@ fn looping(call: libc::c_long, fate: impl Fn(&[u64; 6]) -> Fate + Send + Sync, d
             // The worker's thread inherits the filter, and `ip` should not.
             let (flap, flaps) = mpsc::channel::<()>();
             let (flapped, done) = mpsc::channel::<()>();
+            // Asking for v1 makes the kernel put its carrier's return into
+            // effect (linkwatch_sync_dev): until then v1 drops what it is
+            // given to send.
+            let commands = "ip link set v0 down && ip link set v0 up && ip link show v1";
             let flapper = std::thread::spawn(move || {
                 while flaps.recv().is_ok() {
                     let mut ip = Command::new("sh");
-                    let commands = "ip link set v0 down && ip link set v0 up";
-                    assert!(ip.args(["-c", commands]).status().unwrap().success());
+                    assert!(ip.args(["-c", commands]).output().unwrap().status.success());
                     flapped.send(()).unwrap();
                 }
             });
