@@ -4,6 +4,8 @@ use super::frames::Frame;
 use super::packet::{collect_until, wait_readable};
 use super::raw::{open_tap, read_tap, set_offload};
 use super::{Namespace, eventually};
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io::Write;
@@ -13,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tun_tap::{Iface, Mode};
+use vlanswitchd::control::links::LinkSocket;
 
 /// A guest without offloads (e1000): frames by read and write.
 pub struct RawGuest {
@@ -110,7 +113,7 @@ impl KernelGuest {
         let vm = host.enter(|| open_tap(tap, 0, offload));
         let vm = vm.unwrap_or_else(|error| panic!("opening {tap}: {error}"));
         let nic = inside.enter(|| open_tap("eth0", 0, offload)).expect("the guest's eth0");
-        inside.ip("link set eth0 up");
+        inside.set_up(&["eth0"]);
         Self { inside, pump: Pump::between(vm, nic) }
     }
 
@@ -169,9 +172,16 @@ impl Drop for Pump {
 
 /// Waits until `device` has carrier, and the kernel's own view of it has settled.
 pub fn carrier(namespace: &Namespace, device: &str) {
-    eventually(&format!("{device} has carrier"), || {
-        let link = namespace.link(device)?;
-        let lower_up = link["flags"].as_array()?.iter().any(|flag| flag == "LOWER_UP");
-        (lower_up && link["operstate"] != "DOWN").then_some(())
+    namespace.enter(|| {
+        let mut links = LinkSocket::new().unwrap();
+        eventually(&format!("{device} has carrier"), || {
+            let is_running = |one: &InterfaceAddress| {
+                one.interface_name == device && one.flags.contains(InterfaceFlags::IFF_RUNNING)
+            };
+            getifaddrs().unwrap().find(is_running)?;
+            // Asked for it alone, the kernel first finishes what it was about to do
+            // (linkwatch_sync_dev): until then the device drops what it is given.
+            links.link(if_nametoindex(device).ok()?).ok()?.carrier.then_some(())
+        });
     });
 }

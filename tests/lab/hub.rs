@@ -24,8 +24,8 @@ pub fn far_members(lab: &Lab, vlans: &[&[TagBytes]]) -> Vec<Member> {
         inside.enable_ipv6();
         let port = format!("member{number}");
         lab.far.ip(&format!("link add {port} type veth peer name eth0 netns {}", inside.name()));
-        lab.far.ip(&format!("link set {port} up"));
-        inside.ip("link set eth0 up");
+        lab.far.set_up(&[&port]);
+        inside.set_up(&["eth0"]);
         let tags: Vec<TaggedVlan> = tags.iter().map(vlan).collect();
         let push = bpf::vlan_push_redirect(&tags, trunk).expect("a short program");
         attach(&lab.far, &port, Direction::Ingress, "lab_push", &push);

@@ -74,8 +74,8 @@ impl Manager {
             [ -n "$WATCHDOG_USEC" ] || unset WATCHDOG_PID
             [ -n "$LISTEN_FDS" ] || unset LISTEN_PID
             exec "$0" "$@""#;
-        let wrapper = ["sh", "-c", script];
-        let mut command = lab.host.command_through(&wrapper, &super::daemon::binary());
+        let mut command = lab.host.command("sh");
+        command.args(["-c", script, &super::daemon::binary()]);
         command.args(["--uplink", "up0", "--log-format", "json"]).args(arguments);
         super::daemon::add_workers(&mut command, arguments);
         command.env("NOTIFY_SOCKET", self.folder.path().join("notify"));

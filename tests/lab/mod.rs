@@ -135,15 +135,15 @@ impl Lab {
 
     /// Makes the cable (again).
     pub fn plug_uplink(&self) {
+        // The far end sends whatever a test wants; the host's MTU is the one at test.
         self.host.ip(&format!(
-            "link add up0 address {} type veth peer name far0 address {} netns {}",
+            "link add up0 address {} type veth peer name far0 address {} mtu 9000 netns {}",
             mac_text(&UPLINK_MAC),
             mac_text(&FAR_MAC),
             self.far.name()
         ));
-        // The far end sends whatever a test wants; the host's MTU is the one at test.
-        self.far.ip("link set far0 mtu 9000 up");
-        self.host.ip("link set up0 up");
+        self.far.set_up(&["far0"]);
+        self.host.set_up(&["up0"]);
         guest::carrier(&self.host, "up0");
         guest::carrier(&self.far, "far0");
     }
@@ -176,8 +176,8 @@ impl Lab {
         let inside = Namespace::new("container");
         self.host
             .ip(&format!("link add {device} type veth peer name eth0 netns {}", inside.name()));
-        self.host.ip(&format!("link set {device} up"));
-        inside.ip("link set eth0 up");
+        self.host.set_up(&[device]);
+        inside.set_up(&["eth0"]);
         inside
     }
 }

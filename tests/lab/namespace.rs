@@ -1,38 +1,60 @@
 //! Network namespaces of the lab's own, gone when dropped.
 
-use nix::sched::{CloneFlags, setns};
+use super::raw::start_inside;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::{self, File};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use vlanswitchd::control::links::LinkSocket;
 use vlanswitchd::sys::bpf::Direction;
 use vlanswitchd::sys::bpf::tcx;
 
 /// What names of ours start with; then the process id, a number and a role.
 const PREFIX: &str = "vslab";
 
-/// A named network namespace.
+/// A named network namespace, as `ip netns` knows them.
+///
+/// Made here: a program to start for each step is most of what a lab costs on an emulated
+/// machine.
 pub struct Namespace {
     name: String,
 }
 
-static SWEEP: Once = Once::new();
+static FIRST: Once = Once::new();
 static NUMBER: AtomicU32 = AtomicU32::new(0);
+/// `lo`, in any namespace.
+const LOOPBACK: u32 = 1;
 
 impl Namespace {
     /// A fresh namespace with `lo` up and IPv6 off on devices made later.
     pub fn new(role: &str) -> Self {
-        SWEEP.call_once(sweep);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{PREFIX}-{}-{number}-{role}", std::process::id());
-        // `ip netns add` races with itself while it makes /run/netns for the first time.
-        super::eventually("`ip netns add` works (is this root, with iproute2?)", || {
-            run(Command::new("ip").args(["netns", "add", &name])).ok()
+        FIRST.call_once(|| {
+            sweep();
+            share_folder();
         });
-        let namespace = Self { name };
-        namespace.ip("link set lo up");
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let namespace = Self { name: format!("{PREFIX}-{}-{number}-{role}", std::process::id()) };
+        let path = namespace.path();
+        let made = std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace: is this root?");
+            File::create(&path).expect("a file in /run/netns");
+            let (ours, none) = (Some("/proc/thread-self/ns/net"), None::<&str>);
+            mount(ours, &path, none, MsFlags::MS_BIND, none).expect("a name for the namespace");
+            LinkSocket::new().unwrap().set_up(LOOPBACK).expect("lo comes up");
+        });
+        if let Err(panic) = made.join() {
+            std::panic::resume_unwind(panic);
+        }
         namespace.set_sysctl("net/ipv6/conf/default/disable_ipv6", "1");
         namespace
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.name)
     }
 
     /// The name under /run/netns.
@@ -74,6 +96,17 @@ impl Namespace {
         run(Command::new("ip").args(["-n", &self.name]).args(arguments.split_whitespace()))
     }
 
+    /// Sets these devices up.
+    pub fn set_up(&self, devices: &[&str]) {
+        self.enter(|| {
+            let mut links = LinkSocket::new().unwrap();
+            for device in devices {
+                let index = if_nametoindex(*device).unwrap_or_else(|_| panic!("{device} exists"));
+                links.set_up(index).unwrap_or_else(|error| panic!("{device}: {error}"));
+            }
+        });
+    }
+
     /// `tc ARGUMENTS` inside; fails the test if `tc` does.
     pub fn tc(&self, arguments: &str) -> String {
         self.try_tc(arguments).unwrap_or_else(|error| panic!("{error}"))
@@ -103,21 +136,30 @@ impl Namespace {
     /// A program to be started inside, with /sys of the namespace. It dies with
     /// the thread that starts it, also when that is killed.
     pub fn command(&self, program: &str) -> Command {
-        self.command_through(&[], program)
+        let mut command = Command::new(program);
+        start_inside(&mut command, self.file());
+        command
     }
 
     /// As [`Namespace::command`], with further programs in front of it (such as
     /// `setpriv --reuid=..`).
     pub fn command_through(&self, wrapper: &[&str], program: &str) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name]).args(wrapper);
-        command.args(["setpriv", "--pdeathsig", "KILL", program]);
+        let Some((first, others)) = wrapper.split_first() else {
+            return self.command(program);
+        };
+        let mut command = self.command(first);
+        // Who becomes another user no longer dies with anybody.
+        command.args(others).args(["setpriv", "--pdeathsig", "KILL", program]);
         command
+    }
+
+    fn file(&self) -> File {
+        File::open(self.path()).expect("namespace exists")
     }
 
     /// Runs a closure on a thread inside. Sockets opened there stay there.
     pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
-        let file = File::open(format!("/run/netns/{}", self.name)).expect("namespace exists");
+        let file = self.file();
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {
                 setns(&file, CloneFlags::CLONE_NEWNET).expect("setns");
@@ -175,8 +217,7 @@ impl Namespace {
 
     /// Interface index of a device.
     pub fn index(&self, device: &str) -> u32 {
-        let link = self.link(device).unwrap_or_else(|| panic!("{device} exists"));
-        link["ifindex"].as_u64().expect("an index") as u32
+        self.enter(|| if_nametoindex(device)).unwrap_or_else(|_| panic!("{device} exists"))
     }
 
     /// A counter of the kernel's: `rx_packets`, `tx_packets`, `rx_dropped`, ...
@@ -189,8 +230,21 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = run(Command::new("ip").args(["netns", "del", &self.name]));
+        let path = self.path();
+        let _ = umount2(&path, MntFlags::MNT_DETACH);
+        let _ = fs::remove_file(&path);
     }
+}
+
+/// Has `ip` make /run/netns the way it wants it: what is mounted and unmounted there shows in
+/// other mount namespaces, too, and none keeps a namespace that is gone.
+fn share_folder() {
+    let name = format!("{PREFIX}-{}-first", std::process::id());
+    // It races with itself while it makes the folder for the first time.
+    super::eventually("`ip netns add` works (is this root, with iproute2?)", || {
+        run(Command::new("ip").args(["netns", "add", &name])).ok()
+    });
+    run(Command::new("ip").args(["netns", "del", &name])).unwrap();
 }
 
 /// Removes namespaces of labs whose process is gone (killed, so `Drop` never ran).

@@ -5,6 +5,10 @@
 
 #![allow(unsafe_code, reason = "setsockopt, ioctl, recvmsg and mmap with kernel structures")]
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socket,
 };
@@ -396,6 +400,25 @@ pub fn give_descriptors(command: &mut Command, descriptors: &[OwnedFd]) {
         Ok(())
     };
     // SAFETY: between fork and exec it calls dup2 only, which is async-signal-safe.
+    unsafe { command.pre_exec(body) };
+}
+
+/// Has a program start in this network namespace, with its /sys in mounts of the program's
+/// own, as `ip netns exec` does; and die with the thread that starts it.
+pub fn start_inside(command: &mut Command, namespace: File) {
+    let none = None::<&str>;
+    let body = move || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)?;
+        // It may not be mounted.
+        let _ = umount2("/sys", MntFlags::MNT_DETACH);
+        mount(Some("vslab"), "/sys", Some("sysfs"), MsFlags::empty(), none)?;
+        set_pdeathsig(Signal::SIGKILL)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes system calls only, with short strings that nix
+    // copies to the stack: nothing that another thread could have locked.
     unsafe { command.pre_exec(body) };
 }
 
