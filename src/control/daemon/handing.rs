@@ -3,6 +3,7 @@
 
 use super::devices::{Opened, counted};
 use super::ports::Attached;
+use super::workers::Beginning;
 use super::{Daemon, is_claim};
 use crate::control::affinity;
 use crate::control::config::{Config, WORKERS_MAX, WorkerCount};
@@ -284,8 +285,8 @@ impl Daemon {
         }
     }
 
-    /// Takes over: makes the other process's devices ours and goes on from where it
-    /// stops.
+    /// Takes over: makes the other process's devices ours, and goes on from where it
+    /// stops when the workers have begun.
     ///
     /// # Errors
     /// [`StartError`]. Nothing has been put back: if the other process still runs, it
@@ -294,9 +295,11 @@ impl Daemon {
         &mut self,
         mut take: TakeOver,
         descriptors: VecDeque<OwnedFd>,
+        beginning: Beginning,
     ) -> Result<(), StartError> {
         let Adopted { mut uplink, ports: mut opened } =
             self.adopt_devices(&mut take, descriptors)?;
+        beginning.wait()?;
         let Last { stopped, next, others, from_wire, ports, removed, unsent } = take.finish()?;
         self.claim_for_packet_path();
         // Not sooner: the other process changes what its own filter claims, and goes on if

@@ -203,7 +203,7 @@ impl Daemon {
             None => (plan.workers, Vec::new()),
         };
         let steering = place_ports(&mut ports, planned.len(), &before)?;
-        let workers = Workers::start(&planned, &config, &ports, abilities.segments)?;
+        let (workers, beginning) = Workers::start(&planned, &config, &ports, abilities.segments)?;
         let heartbeat = Heartbeat::new(sd_notify::watchdog_enabled(), Instant::now());
         let store = Store::of_environment(config.is_fd_store());
         let record = Record::beside(config.control.path(), &config.uplink);
@@ -259,11 +259,14 @@ impl Daemon {
         daemon.choose_paths(&all);
         match take {
             Some(take) => {
-                daemon.go_on(take, descriptors)?;
+                daemon.go_on(take, descriptors, beginning)?;
                 daemon.server.take_files();
                 daemon.look_at_seals();
             }
-            None => daemon.learn_from_record(),
+            None => {
+                daemon.learn_from_record();
+                beginning.wait()?;
+            }
         }
         legacy.remove();
         match daemon.attach_all() {

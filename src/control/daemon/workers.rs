@@ -24,7 +24,7 @@ use crate::dataplane::{
 use crate::port::{Device, DeviceState};
 use crate::switch::{Membership, PortIndex, Table};
 use crate::sys::bpf::Steering;
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,19 +68,35 @@ pub struct Seat {
 #[derive(Debug)]
 pub struct Workers(Vec<Seat>);
 
-impl Workers {
-    /// Starts a worker for each of `cpus`, to which it is bound if one is named, with the
-    /// ports that are its own.
+/// How each worker's thread has begun, once it has.
+#[derive(Debug)]
+pub struct Beginning(Vec<Receiver<Result<(), ConfineError>>>);
+
+impl Beginning {
+    /// Waits until every worker is confined: before that it gets no device.
     ///
     /// # Errors
-    /// [`StartError`] if one cannot be started or confined.
+    /// [`StartError`] if one cannot be.
+    pub fn wait(self) -> Result<(), StartError> {
+        // The other end goes only with the thread.
+        self.0.into_iter().try_for_each(|told| told.recv().unwrap_or(Ok(()))).map_err(Into::into)
+    }
+}
+
+impl Workers {
+    /// Starts a worker for each of `cpus`, to which it is bound if one is named, with the
+    /// ports that are its own. They confine themselves meanwhile.
+    ///
+    /// # Errors
+    /// [`StartError`] if one cannot be started.
     pub fn start(
         cpus: &[Option<usize>],
         config: &Config,
         ports: &Ports,
         abilities: Abilities,
-    ) -> Result<Self, StartError> {
+    ) -> Result<(Self, Beginning), StartError> {
         let table = Arc::new(config.table.clone());
+        let mut beginning = Vec::with_capacity(cpus.len());
         let seats = cpus.iter().enumerate().map(|(number, cpu)| {
             let uplink = Arc::<UplinkShared>::default();
             let strays = Arc::new(PortShared::elsewhere());
@@ -101,8 +117,7 @@ impl Workers {
             let name =
                 if cpus.len() == 1 { "worker".to_owned() } else { format!("worker-{number}") };
             let handle = worker.named(name).spawn(commands, notices, begin)?;
-            // The other end goes only with the thread.
-            told.recv().unwrap_or(Ok(()))?;
+            beginning.push(told);
             Ok(Seat {
                 shared: Arc::clone(&handle.shared),
                 handle: Some(handle),
@@ -115,7 +130,8 @@ impl Workers {
                 cpu,
             })
         });
-        seats.collect::<Result<Vec<_>, StartError>>().map(Self)
+        let seats = seats.collect::<Result<_, StartError>>()?;
+        Ok((Self(seats), Beginning(beginning)))
     }
 
     /// How many there are.
