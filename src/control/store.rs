@@ -6,14 +6,16 @@
 //! A process that ends gives the manager every descriptor, each with a name of its own,
 //! because the store keeps neither order nor duplicates: `vlanswitchd-N` is the Nth in the
 //! order of [`State`](super::takeover::State), and `vlanswitchd-state` is a file in memory.
-//! All that while it still forwards. Then its worker stops, what the next one has to know is
-//! written into the file, and the file is sealed: one that is not was left by a process that
-//! died on the way. Sending sockets go there too, though the next process opens its own: the
-//! last to close one waits 10-20 ms for the kernel, and frames would wait with it.
+//! Sending sockets go there too, though the next process opens its own: the last to close one
+//! waits 10-20 ms for the kernel, and frames would wait with it.
 //!
 //! The manager reads messages in its own time, and would not know whose they are from a
 //! process that has ended. So it is waited for (`BARRIER=1`). It must not poll what it
 //! keeps (`FDPOLL=0`): a packet socket has an error whenever its device goes down.
+//!
+//! All that while the process still forwards. Then its workers stop, what the next one has to
+//! know is written into the file, and the file is sealed: one that is not was left by a
+//! process that died on the way.
 //!
 //! What the next process cannot use it removes from the store before it starts cold:
 //! the claim to the uplink is among it.
@@ -96,16 +98,16 @@ pub struct Deposit {
 }
 
 impl Deposit {
-    /// Stores descriptors, in this order, and the place of what is to be known of them.
-    /// The store has them when this returns.
+    /// Stores descriptors, in this order, those the next process only has to close, and the
+    /// place of what is to be known. The store has them when this returns.
     ///
     /// # Errors
     /// The system's, or the service manager does not answer; nothing is left there.
-    pub fn make(descriptors: &[BorrowedFd<'_>]) -> io::Result<Self> {
+    pub fn make(descriptors: &[BorrowedFd<'_>], late: &[impl AsFd]) -> io::Result<Self> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let state = File::from(memfd_create(STATE, flags)?);
         let deposit = Self { state, count: descriptors.len() };
-        match deposit.put(descriptors) {
+        match deposit.put(descriptors, late) {
             Ok(()) => Ok(deposit),
             Err(error) => {
                 deposit.withdraw();
@@ -114,34 +116,33 @@ impl Deposit {
         }
     }
 
-    fn put(&self, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn put(&self, descriptors: &[BorrowedFd<'_>], late: &[impl AsFd]) -> io::Result<()> {
         put(STATE, &[self.state.as_fd()])?;
         for (number, descriptor) in descriptors.iter().enumerate() {
             put(&name_of(number), &[*descriptor])?;
         }
+        for batch in late.chunks(BATCH) {
+            put(LATE, &batch.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+        }
         barrier()
     }
 
-    /// Completes it: what is to be known, and what the next process is to close. Leaves
-    /// nothing there if that fails.
+    /// Completes it with what is to be known. Leaves nothing there if that fails.
     ///
     /// # Errors
-    /// The system's, or the service manager does not answer.
-    pub fn complete(mut self, bytes: &[u8], late: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let result = self.finish(bytes, late);
+    /// The system's.
+    pub fn complete(mut self, bytes: &[u8]) -> io::Result<()> {
+        let result = self.finish(bytes);
         if result.is_err() {
             self.withdraw();
         }
         result
     }
 
-    fn finish(&mut self, bytes: &[u8], late: &[BorrowedFd<'_>]) -> io::Result<()> {
-        for batch in late.chunks(BATCH) {
-            put(LATE, batch)?;
-        }
+    fn finish(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.state.write_all(bytes)?;
         fcntl(&self.state, FcntlArg::F_ADD_SEALS(all_seals()))?;
-        barrier()
+        Ok(())
     }
 
     fn withdraw(&self) {

@@ -164,14 +164,6 @@ impl Device {
         }
     }
 
-    /// The descriptor it sends by, if that is not the one to poll.
-    pub fn sending_fd(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Self::Netdev(port) => Some(port.transmitter.as_fd()),
-            Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => None,
-        }
-    }
-
     /// Where in its ring it is, and how many slots that has; zeros without one.
     pub fn position(&self) -> (usize, usize) {
         match self {
@@ -210,7 +202,7 @@ impl Device {
     /// The kernel's, when out of file descriptors.
     pub fn kernel_counter(&self) -> std::io::Result<Option<KernelCounter>> {
         match self {
-            Self::Netdev(port) => port.receiver.counter().map(Some),
+            Self::Netdev(port) => port.receiver.counter(&port.transmitter).map(Some),
             Self::Internal(_) | Self::Memory(_) | Self::Faulty(_) => Ok(None),
         }
     }

@@ -38,6 +38,7 @@ use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 use thiserror::Error;
 
 /// Frames taken from a device, or sent to one, in one go.
@@ -313,12 +314,13 @@ impl Receiver {
         self.taken = 0;
     }
 
-    /// A second handle to the socket, to read [`KernelCount`]s from another thread.
+    /// A second handle to the socket, to read [`KernelCount`]s from another thread, and one
+    /// to the socket that sends beside it.
     ///
     /// # Errors
     /// The kernel's, when out of file descriptors.
-    pub fn counter(&self) -> std::io::Result<KernelCounter> {
-        self.socket.try_clone().map(KernelCounter)
+    pub fn counter(&self, transmitter: &Transmitter) -> std::io::Result<KernelCounter> {
+        Ok(KernelCounter { socket: self.socket.try_clone()?, sending: transmitter.weak() })
     }
 
     /// Whether a whole burst is waiting: one look at memory.
@@ -404,18 +406,26 @@ impl AsFd for Receiver {
 
 /// Reads what the kernel counted on a [`Receiver`]'s socket.
 #[derive(Debug)]
-pub struct KernelCounter(OwnedFd);
+pub struct KernelCounter {
+    socket: OwnedFd,
+    sending: Weak<OwnedFd>,
+}
 
 impl KernelCounter {
     /// The socket itself, to be handed over.
     pub fn socket(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
+    }
+
+    /// The device's sending socket, as long as that is open.
+    pub fn sending(&self) -> Option<Arc<OwnedFd>> {
+        self.sending.upgrade()
     }
 
     /// What was counted since the last call: the kernel resets on reading.
     pub fn take(&self) -> KernelCount {
         let mut stats = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
-        match get(self.0.as_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, &mut stats) {
+        match get(self.socket(), libc::SOL_PACKET, libc::PACKET_STATISTICS, &mut stats) {
             Ok(()) => {
                 KernelCount { frames: stats.tp_packets.into(), overruns: stats.tp_drops.into() }
             }

@@ -26,6 +26,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 use tracing::{info, warn};
 
@@ -102,16 +103,22 @@ impl Daemon {
 
     fn try_to_leave(&mut self, store: Store) -> io::Result<()> {
         let (state, descriptors) = self.possessions();
-        let netdevs = self.ports.iter().filter(|(_, port)| port.index().is_some()).count();
-        // Those, what is to be known of them, and as many sending sockets as receiving ones.
-        store.check_room(descriptors.len() + 1 + netdevs + self.workers.len())?;
-        let deposit = Deposit::make(&descriptors)?;
-        let (last, departed) = self.freeze();
-        let stored = Stored { format: state.format(), state, last };
-        let devices = departed.iter().filter_map(|departed| departed.device.as_deref());
-        let late: Vec<BorrowedFd<'_>> = devices.filter_map(Device::sending_fd).collect();
-        // With the devices this closes them: they are in the store, unless that failed.
-        deposit.complete(&serde_json::to_vec(&stored)?, &late)
+        let late = self.sending_sockets();
+        // Those, and what is to be known of them.
+        store.check_room(descriptors.len() + 1 + late.len())?;
+        let deposit = Deposit::make(&descriptors, &late)?;
+        drop(late);
+        // They close with the process: they are in the store.
+        let (last, _devices) = self.freeze();
+        deposit.complete(&serde_json::to_vec(&Stored { format: state.format(), state, last })?)
+    }
+
+    /// The sockets devices send by, which another process does not need.
+    fn sending_sockets(&self) -> Vec<Arc<OwnedFd>> {
+        let uplink = self.uplink.attached.iter().flat_map(|(_, counters, _)| counters);
+        let attached = self.ports.iter().filter_map(|(_, port)| port.attached.as_ref());
+        let ports = attached.filter_map(|attached| attached.counter.as_ref());
+        uplink.chain(ports).filter_map(KernelCounter::sending).collect()
     }
 
     /// All that another process needs, in the order the format says.

@@ -7,13 +7,14 @@ use libc::c_int;
 use nix::errno::Errno;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
 
 /// Bytes a socket may have on its way.
 const SEND_BUFFER: c_int = 64 << 20;
 
 /// A packet socket that only sends.
 #[derive(Debug)]
-pub struct Transmitter(OwnedFd);
+pub struct Transmitter(Arc<OwnedFd>);
 
 impl Transmitter {
     /// Opens a sending socket on the device with this index.
@@ -27,7 +28,12 @@ impl Transmitter {
         set(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER)
             .map_err(at("size the send buffer"))?;
         bind(fd, index, 0).map_err(at("bind to the device"))?;
-        Ok(Self(socket))
+        Ok(Self(Arc::new(socket)))
+    }
+
+    /// Another thread's way to the socket, which keeps nothing open.
+    pub fn weak(&self) -> Weak<OwnedFd> {
+        Arc::downgrade(&self.0)
     }
 }
 
