@@ -66,6 +66,7 @@ impl Pair {
     /// Fails unless frames on average were far above the MTU each way, that is,
     /// unless super-frames passed whole.
     fn assert_super_frames(self) {
+        let said = self.daemon.stderr();
         let summary = self.daemon.stop();
         let port = summary.port("t0");
         for flow in [&port.from_guest, &port.to_guest] {
@@ -73,7 +74,7 @@ impl Pair {
             let mean = flow.out_bytes / flow.out_frames;
             // A slow processor's stack sends smaller ones, and veth merges none before 5.13.
             let least = if scaled(MIB) < MIB { 1518 } else { 3000 };
-            assert!(mean > least, "{mean} bytes a frame: {flow:?}");
+            assert!(mean > least, "{mean} bytes a frame: {flow:?}, {said:#?}");
             assert_eq!(flow.dropped("bad_offload"), 0);
         }
         drop(self.lab);
