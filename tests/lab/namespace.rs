@@ -220,6 +220,15 @@ impl Namespace {
         self.enter(|| if_nametoindex(device)).unwrap_or_else(|_| panic!("{device} exists"))
     }
 
+    /// TCP segments its stack has sent, of which a super-frame is several (`TcpOutSegs`).
+    pub fn tcp_segments(&self) -> u64 {
+        let text = self.enter(|| fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
+        let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
+        let [names, values] = [(); 2].map(|()| lines.next().unwrap().split_whitespace());
+        let (_, value) = names.zip(values).find(|(name, _)| *name == "OutSegs").unwrap();
+        value.parse().unwrap()
+    }
+
     /// A counter of the kernel's: `rx_packets`, `tx_packets`, `rx_dropped`, ...
     pub fn counter(&self, device: &str, counter: &str) -> u64 {
         let link = self.link(device).unwrap_or_else(|| panic!("{device} exists"));
