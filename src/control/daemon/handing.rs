@@ -108,7 +108,7 @@ impl Daemon {
         store.check_room(descriptors.len() + 1 + late.len())?;
         let deposit = Deposit::make(&descriptors, &late)?;
         drop(late);
-        // They close with the process: they are in the store.
+        // Closing them ends nothing: their sockets are in the store.
         let (last, _devices) = self.freeze();
         deposit.complete(&serde_json::to_vec(&Stored { format: state.format(), state, last })?)
     }
